@@ -1,0 +1,53 @@
+# Everything runs in .venv, which the first target that needs it makes from the system's python3.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUICKSTART_ARGS ?=
+
+.PHONY: help install quickstart test check format soak bench docs clean
+
+help:
+	@echo "make quickstart   train a small model offline (5 minutes) and chat with it"
+	@echo "make test         the test suite"
+	@echo "make check        lint, format and types"
+	@echo "make soak         the long fault tests"
+	@echo "make bench        training and decoding speed beside transformers"
+	@echo "make docs         regenerate docs/settings.md"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "niels-gpt needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+quickstart: install
+	$(BIN)/niels-gpt quickstart $(QUICKSTART_ARGS)
+
+test: install
+	$(BIN)/pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/audit_config_coverage.py
+	$(BIN)/python -m niels_gpt.settings_doc --check
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+soak: install
+	$(BIN)/pytest --soak
+
+bench: install
+	$(BIN)/python tools/bench_train.py
+	$(BIN)/python tools/bench_decode.py
+
+docs: install
+	$(BIN)/python -m niels_gpt.settings_doc
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,82 @@
+"""What building and opening have in common for pretraining and chat caches: when a cache is up to date, and mixes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from niels_gpt.cache.integrity import open_folder
+from niels_gpt.data.registry import is_optional
+from niels_gpt.files import sha256_bytes
+from niels_gpt.tokenizer import Tokenizer
+
+Progress = Callable[[str, int], None]  # split, documents written so far
+Item = TypeVar("Item")
+
+_BUILD_VERSION = 1  # raise it when the same source must give other bytes than before
+
+
+def fingerprint(description: Mapping[str, Any], **options: Any) -> str:
+    """Hash of everything but the tokenizer that decides a cache's bytes."""
+    content = {"version": _BUILD_VERSION, "source": description, **options}
+    return sha256_bytes(json.dumps(content, sort_keys=True).encode())
+
+
+def up_to_date(folder: Path, wanted: str, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """meta.json with `reused` added, if the cache at `folder` is whole and is what a build would make; else None."""
+    try:
+        _, meta, _ = open_folder(folder.parent, folder.name)
+    except (FileNotFoundError, ValueError):
+        return None
+    same = meta.get("tokenizer_sha256") == tokenizer.sha256 and meta.get("source_fingerprint") == wanted
+    return {**meta, "reused": True} if same else None
+
+
+def tokenizer_meta(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The keys of meta.json that say which tokenizer a cache was built with."""
+    ids = tokenizer.special_token_ids()
+    return {"tokenizer_sha256": tokenizer.sha256, "special_token_ids": ids, "expected_special_token_ids": ids}
+
+
+def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def open_sources(names: Iterable[str], open_one: Callable[[str], Item]) -> dict[str, Item]:
+    """Open every cache by name. Missing optional ones are left out with a warning.
+
+    Raises FileNotFoundError, one line for every other cache that is missing.
+    """
+    opened: dict[str, Item] = {}
+    missing: list[str] = []
+    for name in names:
+        try:
+            opened[name] = open_one(name)
+        except FileNotFoundError as error:
+            if is_optional(name):
+                warn(f"{name} is left out: {error}")
+            else:
+                missing.append(str(error))
+    if missing:
+        raise FileNotFoundError("\n".join(missing))
+    return opened
+
+
+def renormalised(mix: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """The weights of `names` in the mix, scaled to sum to 1; names that are not in it weigh 0."""
+    weights = {name: mix.get(name, 0.0) for name in names}
+    total = sum(weights.values())
+    if not total:
+        return {name: 1 / len(weights) for name in weights}
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)

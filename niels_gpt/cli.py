@@ -1,0 +1,32 @@
+"""`niels-gpt <command>`: a table of programs and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "quickstart": ("niels_gpt.quickstart", "train a small chat model offline, in minutes, and talk to it"),
+    "chat": ("niels_gpt.chat_cli", "talk to a checkpoint, or answer one --prompt"),
+    "train": ("niels_gpt.train.run", "pretrain, fine-tune or both, from a config"),
+    "cache": ("niels_gpt.cache.cli", "build, show and verify token caches"),
+    "settings": ("niels_gpt.settings_doc", "every setting with its default, bounds and meaning"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: niels-gpt <command> [options]      (niels-gpt <command> --help for its options)\n")
+        for name, (_, help_line) in COMMANDS.items():
+            print(f"  {name:<11} {help_line}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"niels-gpt: unknown command {arguments[0]!r}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    status: int = import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

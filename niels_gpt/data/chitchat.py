@@ -1,0 +1,98 @@
+"""chitchat: human small talk from the package `chitchat-dataset` (MIT), as text and as chats.
+
+Two people talk about a prompt; many dialogues share a prompt, so the split is by prompt: what is said about a
+validation prompt is never in train. A turn of the package is a list of utterances by one sender.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from niels_gpt.data.types import Chat, Document, Message
+from niels_gpt.files import sha256_file
+from niels_gpt.settings import Settings
+
+NAME = "chitchat"
+MIN_CHAT_TURNS = 4
+
+Turn = tuple[str, str]  # sender, text
+
+
+def documents(settings: Settings, split: str) -> Iterator[Document]:
+    """One document per dialogue of at least two turns, one turn a line."""
+    for turns in _dialogues(settings, split):
+        yield Document("\n".join(text for _, text in turns), NAME)
+
+
+def chats(settings: Settings, split: str) -> Iterator[Chat]:
+    """Dialogues of at least four turns in which two people strictly alternate, as user and assistant.
+
+    Who speaks first is the user. A last turn of the user, which nobody answered, is left out.
+    """
+    for turns in _dialogues(settings, split):
+        senders = [sender for sender, _ in turns]
+        alternate = senders[0] != senders[1] and all(sender == senders[i % 2] for i, sender in enumerate(senders))
+        if alternate and len(turns) >= MIN_CHAT_TURNS:
+            answered = turns[: len(turns) // 2 * 2]
+            roles = ("user", "assistant")
+            yield Chat(tuple(Message(roles[i % 2], text) for i, (_, text) in enumerate(answered)), NAME)
+
+
+def describe(settings: Settings, phase: str) -> dict[str, Any]:
+    """What the text of this source depends on."""
+    path = _dataset_path()
+    chosen = settings.data.chitchat
+    return {
+        "dataset_name": "chitchat-dataset",
+        "dataset_version": importlib.metadata.version("chitchat-dataset"),
+        "split_rule": f"by prompt, {chosen.val_prompts} prompts are val, seed={chosen.split_seed}",
+        "files": {path.name: sha256_file(path)},
+    }
+
+
+def val_prompts(prompts: set[str], settings: Settings) -> set[str]:
+    """The prompts whose dialogues are for validation, drawn by seed from all of them."""
+    chosen = settings.data.chitchat
+    if chosen.val_prompts >= len(prompts):
+        raise ValueError(
+            f"data.chitchat.val_prompts is {chosen.val_prompts}, but there are only {len(prompts)} prompts; "
+            "lower it so that some are left to train on"
+        )
+    return set(random.Random(chosen.split_seed).sample(sorted(prompts), chosen.val_prompts))
+
+
+def _dialogues(settings: Settings, split: str) -> Iterator[list[Turn]]:
+    dialogues = json.loads(_dataset_path().read_bytes()).values()
+    held_out = val_prompts({_prompt(dialogue) for dialogue in dialogues}, settings)
+    for dialogue in dialogues:
+        if (_prompt(dialogue) in held_out) == (split == "val"):
+            turns = [turn for group in dialogue["messages"] if (turn := _turn(group))[1]]
+            if len(turns) >= 2:
+                yield turns
+
+
+def _prompt(dialogue: dict[str, Any]) -> str:
+    return dialogue.get("prompt") or ""  # some have none: a group of their own
+
+
+def _turn(group: list[dict[str, str]]) -> Turn:
+    text = " ".join(" ".join(utterance["text"] for utterance in group).split())
+    return (group[0]["sender"] if group else "", text)
+
+
+def _dataset_path() -> Path:
+    try:
+        path = Path(str(importlib.resources.files("chitchat_dataset"))) / "dataset.json"
+    except ModuleNotFoundError:
+        raise ValueError(
+            "the source chitchat needs the package chitchat-dataset; install it with: pip install chitchat-dataset"
+        ) from None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; reinstall it with: pip install --force-reinstall chitchat-dataset")
+    return path

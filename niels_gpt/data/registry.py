@@ -1,0 +1,68 @@
+"""The sources of text and chats by name: a source is one short file in this folder and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from niels_gpt.data import chitchat, primer_source, roam, text
+from niels_gpt.data.types import Chat, Document
+from niels_gpt.settings import PRETRAIN_SOURCES, SFT_SOURCES, Settings
+
+Documents = Callable[[Settings, str], Iterator[Document]]  # split: "train" | "val"
+Chats = Callable[[Settings, str], Iterator[Chat]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the documents of a split, or its chats, come from.
+
+    `describe(settings, phase)` returns what they depend on as JSON values: dataset_name, split_rule, hashes of files,
+    versions. Equal descriptions mean equal data. A source that `splits_chats` knows which chats are for validation;
+    another yields all of them for the split "all", and the cache builder splits them.
+    """
+
+    name: str
+    describe: Callable[[Settings, str], dict[str, Any]]
+    documents: Documents | None = None
+    chats: Chats | None = None
+    splits_chats: bool = True
+    optional: bool = False  # a mix does without it when its cache is missing
+
+
+SOURCES: dict[str, Source] = {
+    source.name: source
+    for source in (
+        Source("chitchat", chitchat.describe, documents=chitchat.documents, chats=chitchat.chats),
+        Source("primer", primer_source.describe, documents=primer_source.documents, chats=primer_source.chats),
+        Source("roam", roam.describe, documents=roam.documents, optional=True),
+        Source("text", text.describe, documents=text.documents),
+    )
+}
+ALIASES = {"wiki": "wikitext", "dolly": "dolly15k"}
+PLANNED = tuple(sorted({*PRETRAIN_SOURCES, *SFT_SOURCES} - set(SOURCES)))
+
+
+def canonical_name(name: str) -> str:
+    """The name of a source behind an alias."""
+    return ALIASES.get(name, name)
+
+
+def get_source(name: str) -> Source:
+    """The source of this name or alias; ValueError if there is none."""
+    name = canonical_name(name)
+    if name in PLANNED:
+        raise ValueError(f"the source {name} arrives with the Hugging Face sources; until then use {_known()}")
+    if name not in SOURCES:
+        raise ValueError(f"unknown source {name!r}; sources are {_known()}")
+    return SOURCES[name]
+
+
+def is_optional(name: str) -> bool:
+    """Whether a mix goes on without this source when its cache is missing."""
+    return name in SOURCES and SOURCES[name].optional
+
+
+def _known() -> str:
+    return ", ".join(sorted(SOURCES))

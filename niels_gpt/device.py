@@ -1,0 +1,114 @@
+"""Which device, which precision, how to wait for it and what it has used: every choice with its reason."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+DEVICES = ("cpu", "mps", "cuda")
+AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def get_device() -> str:
+    """The best available device: cuda > mps > cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available() and torch.backends.mps.is_built():
+        return "mps"
+    return "cpu"
+
+
+def resolve_device(name: str | None) -> str:
+    """A device asked for by name, or the best one; ValueError if it is unknown or not there."""
+    if name is None or name == "auto":
+        return get_device()
+    if name not in DEVICES:
+        raise ValueError(f"unknown device {name!r}; choose one of {', '.join(DEVICES)} (or leave it out)")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but this PyTorch sees no CUDA GPU; leave --device out")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' was asked for, but this machine has no Metal GPU; leave --device out")
+    return name
+
+
+def cpu_has_bf16() -> bool:
+    """True where the CPU multiplies bf16 natively (AVX512-BF16 or AMX); elsewhere bf16 is emulated and 18x slower."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Autocast dtype (None = float32), whether gradients need a scaler, and why."""
+
+    device: str
+    dtype: torch.dtype | None
+    needs_scaler: bool
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return {None: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context for forward passes; weights and optimizer stay float32."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device, dtype=self.dtype)
+
+    def describe(self) -> str:
+        """As the training log prints it: `amp=true (bf16)` or `amp=false`."""
+        return "amp=false" if self.dtype is None else f"amp=true ({self.name})"
+
+
+def choose_precision(device: str, amp: bool | str, amp_dtype: str) -> Precision:
+    """Resolve settings `amp` (True, False, "auto") and `amp_dtype` for a device.
+
+    auto: CUDA bf16 from compute capability 8, else fp16 with a gradient scaler; MPS off; CPU bf16 where native.
+    Raises ValueError for an amp_dtype that autocast cannot use.
+    """
+    if amp not in (True, False, "auto"):
+        raise ValueError(f"amp must be true, false or 'auto', not {amp!r}")
+    if amp is False:
+        return Precision(device, None, False, "switched off by settings")
+    if amp == "auto":
+        return _automatic(device)
+    if amp_dtype not in AMP_DTYPES:
+        raise ValueError(f"unsupported amp_dtype {amp_dtype!r}; with amp on, choose one of {', '.join(AMP_DTYPES)}")
+    dtype = AMP_DTYPES[amp_dtype]
+    if device == "cpu" and dtype is torch.float16:
+        return Precision(device, None, False, "fp16 autocast does not train on CPUs; using float32")
+    if device == "mps":
+        print("warning: AMP on MPS is known to make losses diverge; set amp to false if it does", file=sys.stderr)
+    return Precision(device, dtype, device == "cuda" and dtype is torch.float16, "asked for by settings")
+
+
+def _automatic(device: str) -> Precision:
+    if device == "cuda":
+        if torch.cuda.get_device_capability()[0] >= 8:
+            return Precision(device, torch.bfloat16, False, "this GPU multiplies bf16 natively")
+        return Precision(device, torch.float16, True, "this GPU has fp16 tensor cores but no bf16")
+    if device == "mps":
+        return Precision(device, None, False, "autocast is unstable on MPS")
+    if cpu_has_bf16():
+        return Precision(device, torch.bfloat16, False, "this CPU multiplies bf16 natively")
+    return Precision(device, None, False, "this CPU has no native bf16")
+
+
+def synchronize(device: str) -> None:
+    """Wait for queued work, so that a clock tells the truth."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def memory_in_use(device: str) -> int:
+    """Bytes: the allocator's peak on CUDA, the driver's figure on MPS, this process's resident set on CPUs."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if device == "mps":
+        return torch.mps.driver_allocated_memory()
+    return psutil.Process().memory_info().rss

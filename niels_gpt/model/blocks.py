@@ -1,0 +1,148 @@
+"""The parts of a GPT block: norms, attention and MLPs of every generation (see `config.Architecture`).
+
+Attention exists once. With a cache it reads what earlier calls stored; a traced call takes the explicit softmax and
+records it, every other call the fused kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from niels_gpt.config import Architecture, ModelConfig
+from niels_gpt.model.rope import apply_rope, rope_cache
+
+if TYPE_CHECKING:
+    from niels_gpt.model.gpt import LayerCache, Trace
+
+NORM_EPS = 1e-5
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float = NORM_EPS) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def build_norm(arch: Architecture, dim: int) -> nn.Module:
+    """The residual stream's norm for this architecture."""
+    return RMSNorm(dim) if arch.norm_type == "rmsnorm" else nn.LayerNorm(dim, eps=NORM_EPS)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal attention with rotary positions; rows of `qkv.weight` are [Q; K; V], no biases."""
+
+    rope_sin: Tensor
+    rope_cos: Tensor
+
+    def __init__(self, cfg: ModelConfig, arch: Architecture) -> None:
+        super().__init__()
+        self.H, self.D = cfg.H, cfg.C // cfg.H
+        self.dropout = cfg.dropout
+        self.qkv = nn.Linear(cfg.C, 3 * cfg.C, bias=False)
+        self.proj = nn.Linear(cfg.C, cfg.C, bias=False)
+        self.q_norm = RMSNorm(self.D) if arch.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.D) if arch.qk_norm else nn.Identity()
+        self.resid_dropout = nn.Dropout(cfg.dropout)
+        sin, cos = rope_cache(cfg.T, self.D, theta=cfg.rope_theta)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.register_buffer("rope_cos", cos, persistent=False)
+
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, trace: Trace | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend x (B, T, C) to itself and to what `cache` holds; returns (B, T, C).
+
+        mask: (B, 1, T, T) bool, True where a query may see a key; None means causal. Not together with a cache.
+        """
+        B, T, C = x.shape
+        start = cache.t if cache is not None else 0
+        q, k, v = self.qkv(x).view(B, T, 3, self.H, self.D).transpose(1, 3).unbind(2)  # each (B, H, T, D)
+        sin, cos = self.rope_sin[:, :, start : start + T], self.rope_cos[:, :, start : start + T]
+        q, k = apply_rope(self.q_norm(q), self.k_norm(k), sin, cos)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        if mask is None and start and T > 1:
+            mask = _causal_mask(T, k.shape[2], x.device)
+        if trace is None:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=self._kernel_dropout(x), is_causal=mask is None and T > 1
+            )
+        else:
+            y = self._explicit(q, k, v, mask, trace)
+        return self.resid_dropout(self.proj(y.transpose(1, 2).reshape(B, T, C)))
+
+    def _kernel_dropout(self, x: Tensor) -> float:
+        # On CPUs any dropout inside attention leaves the flash kernel: 2.8x slower (docs/log.md), so it is left out.
+        return self.dropout if self.training and x.device.type == "cuda" else 0.0
+
+    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, trace: Trace) -> Tensor:
+        """The same attention with its probabilities in sight: records them before any dropout."""
+        if mask is None:
+            mask = _causal_mask(q.shape[2], k.shape[2], q.device)
+        scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(self.D)
+        probs = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)  # (B, H, T, T_total)
+        trace.record(probs)
+        return probs.to(v.dtype) @ v
+
+
+def _causal_mask(T: int, T_total: int, device: torch.device) -> Tensor:
+    """(T, T_total) bool: the last T of T_total positions, each seeing itself and everything before."""
+    return torch.ones(T, T_total, dtype=torch.bool, device=device).tril(T_total - T)
+
+
+class SwiGLU(nn.Module):
+    """fc_out(silu(fc_g x) * fc_a x) (Shazeer 2020)."""
+
+    def __init__(self, cfg: ModelConfig, arch: Architecture) -> None:
+        super().__init__()
+        self.fc_a = nn.Linear(cfg.C, cfg.d_ff, bias=arch.mlp_bias)
+        self.fc_g = nn.Linear(cfg.C, cfg.d_ff, bias=arch.mlp_bias)
+        self.fc_out = nn.Linear(cfg.d_ff, cfg.C, bias=arch.mlp_bias)
+        self.resid_dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resid_dropout(self.fc_out(F.silu(self.fc_g(x)) * self.fc_a(x)))
+
+
+class GeluMLP(nn.Module):
+    """fc2(gelu(fc1 x)) with the exact (erf) GELU of the byte generation."""
+
+    def __init__(self, cfg: ModelConfig, arch: Architecture) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(cfg.C, cfg.d_ff, bias=arch.mlp_bias)
+        self.fc2 = nn.Linear(cfg.d_ff, cfg.C, bias=arch.mlp_bias)
+        self.resid_dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resid_dropout(self.fc2(F.gelu(self.fc1(x))))
+
+
+MLPS: dict[str, type[nn.Module]] = {"swiglu": SwiGLU, "gelu": GeluMLP}
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attn(ln1 x), then x + mlp(ln2 x)."""
+
+    def __init__(self, cfg: ModelConfig, arch: Architecture) -> None:
+        super().__init__()
+        self.ln1 = build_norm(arch, cfg.C)
+        self.attn = CausalSelfAttention(cfg, arch)
+        self.ln2 = build_norm(arch, cfg.C)
+        self.mlp = MLPS[arch.mlp_type](cfg, arch)
+
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, trace: Trace | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.ln1(x), cache, trace, mask)
+        return x + self.mlp(self.ln2(x))

@@ -1,0 +1,140 @@
+"""The model: a decoder-only transformer with ONE forward for training, prefill, decoding and tracing.
+
+It knows tensors only: no text, no sampling, no files. `infer.kv_cache` gives it a cache, `train.loop` gives it targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from niels_gpt.config import NEW, Architecture, ModelConfig
+from niels_gpt.model.blocks import Block, build_norm
+from niels_gpt.model.loss import cross_entropy_sum
+
+INIT_STD = 0.02
+
+
+class LayerCache(Protocol):
+    """One layer's keys and values, as attention sees them."""
+
+    @property
+    def t(self) -> int: ...  # positions already stored
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, H, T, D) after the first t positions; return everything stored, (B, H, t + T, D)."""
+        ...
+
+
+class ModelCache(Protocol):
+    """What `GPT.forward` needs of a cache: the layers, and to be told how far it has come."""
+
+    @property
+    def t(self) -> int: ...
+
+    def layer(self, index: int) -> LayerCache: ...
+
+    def advance(self, T: int) -> None: ...
+
+
+@dataclass
+class Trace:
+    """Asks one layer for its attention probabilities, recorded before dropout."""
+
+    layer: int
+    full: bool = False  # keep the whole (B, H, T, T_total) map, not only the last query's row
+    attn_row: Tensor | None = None  # (B, H, T_total)
+    attn_full: Tensor | None = None
+
+    def record(self, probs: Tensor) -> None:
+        self.attn_row = probs[:, :, -1].detach()
+        self.attn_full = probs.detach() if self.full else None
+
+
+class GPT(nn.Module):
+    """tok_emb -> L blocks -> ln_f -> lm_head (tied to tok_emb)."""
+
+    def __init__(self, cfg: ModelConfig, arch: Architecture = NEW) -> None:
+        super().__init__()
+        self.cfg, self.arch = cfg, arch
+        self.activation_checkpointing = False
+        self.tok_emb = nn.Embedding(cfg.V, cfg.C)
+        self.drop = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(Block(cfg, arch) for _ in range(cfg.L))
+        self.ln_f = build_norm(arch, cfg.C)
+        self.lm_head = nn.Linear(cfg.C, cfg.V, bias=False)
+        self.lm_head.weight = self.tok_emb.weight
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """normal(0, 0.02) for matrices, zero biases, unit norms."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, mean=0.0, std=INIT_STD)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def num_parameters(self) -> int:
+        """Distinct parameters (the tied matrix counts once)."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        segment: Tensor | None = None,
+        cache: ModelCache | None = None,
+        trace: Trace | None = None,
+    ) -> Tensor:
+        """Ids (B, T) -> float32 logits (B, T, V); with targets y -> summed cross-entropy in nats (0-d).
+
+        y: (B, T), -100 ignored. segment: (B, T), positions of different segments do not see each other (packed rows).
+        cache: read and extended by T positions. trace: which layer's attention to record.
+        """
+        h = self.hidden(x, segment=segment, cache=cache, trace=trace)
+        if y is None:
+            return self.lm_head(h).float()
+        return cross_entropy_sum(h.flatten(0, 1), self.lm_head.weight, y.flatten())
+
+    def hidden(
+        self, x: Tensor, *, segment: Tensor | None = None, cache: ModelCache | None = None, trace: Trace | None = None
+    ) -> Tensor:
+        """Ids (B, T) -> final normed hidden states (B, T, C); arguments as in `forward`."""
+        assert x.ndim == 2, f"ids must be (B, T), got {tuple(x.shape)}"
+        start = cache.t if cache is not None else 0
+        assert start + x.shape[1] <= self.cfg.T, f"{start + x.shape[1]} positions exceed the context of {self.cfg.T}"
+        if trace is not None and not 0 <= trace.layer < self.cfg.L:
+            raise ValueError(f"trace_layer {trace.layer} is out of range: the model has layers 0..{self.cfg.L - 1}")
+        mask = None if segment is None else segment_mask(segment)
+        h = self.drop(self.tok_emb(x))
+        for i, block in enumerate(self.blocks):
+            layer_cache = cache.layer(i) if cache is not None else None
+            layer_trace = trace if trace is not None and trace.layer == i else None
+            if self.activation_checkpointing and self.training and cache is None:
+                h = checkpoint(block, h, None, layer_trace, mask, use_reentrant=False)
+            else:
+                h = block(h, layer_cache, layer_trace, mask)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.ln_f(h)
+
+    def forward_with_attn_trace(
+        self, x: Tensor, *, trace_layer: int, return_full_attn: bool = False
+    ) -> tuple[Tensor, dict[str, int | Tensor | None]]:
+        """Logits and {"layer", "attn_row" (B, H, T) of the last query, "attn_full" (B, H, T, T) or None}."""
+        trace = Trace(trace_layer, full=return_full_attn)
+        logits = self(x, trace=trace)
+        return logits, {"layer": trace_layer, "attn_row": trace.attn_row, "attn_full": trace.attn_full}
+
+
+def segment_mask(segment: Tensor) -> Tensor:
+    """(B, T) segment numbers -> (B, 1, T, T) bool: causal, and only within one's own segment."""
+    T = segment.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=segment.device).tril()
+    return (segment[:, None, :, None] == segment[:, None, None, :]) & causal

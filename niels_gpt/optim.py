@@ -1,0 +1,162 @@
+"""Optimizers: AdamW alone, or Muon for block matrices with AdamW for everything else.
+
+Muon is Keller Jordan et al. 2024 ("Muon: an optimizer for hidden layers in neural networks"): momentum whose update is
+replaced by the nearest (semi-)orthogonal matrix. Fused q/k/v rows are orthogonalised apart, and matrices of one shape
+are orthogonalised in one batched product. Learning-rate multipliers are per group (`lr_scale`), so a schedule sets one
+number.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from niels_gpt.model.gpt import GPT
+from niels_gpt.settings import PhaseSettings
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al.: slope-maximal at 0, settles near 1
+NEWTON_SCHULZ_STEPS = 5
+
+
+def orthogonalize(G: Tensor, *, dtype: torch.dtype = torch.float32, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
+    """Approximate U V^T of each matrix G = U S V^T in a batch (N, rows, cols); singular values end in about [0.7, 1.2]."""
+    a, b, c = NEWTON_SCHULZ
+    X = G.to(dtype)
+    tall = X.shape[-2] > X.shape[-1]
+    if tall:
+        X = X.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + torch.baddbmm(A, A, A, beta=b, alpha=c) @ X
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, Nesterov, orthogonalised per matrix; step size lr * sqrt(max(1, rows / cols)).
+
+    params: 2-D parameters, each optionally with an attribute `muon_parts` (how many stacked matrices its rows hold).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        ns_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.ns_dtype = ns_dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, int, Tensor]]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                buffer = state["momentum"]
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"])  # Nesterov
+                parts = getattr(p, "muon_parts", 1)
+                for index, matrix in enumerate(update.chunk(parts)):
+                    by_shape[matrix.shape[0], matrix.shape[1]].append((p, index, matrix))
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+            for (rows, cols), entries in by_shape.items():
+                ortho = orthogonalize(torch.stack([m for _, _, m in entries]), dtype=self.ns_dtype)
+                size = group["lr"] * max(1.0, rows / cols) ** 0.5
+                for (p, index, _), matrix in zip(entries, ortho, strict=True):
+                    p[index * rows : (index + 1) * rows].add_(matrix, alpha=-size)
+
+
+class OptimizerGroup:
+    """Several optimizers behind the face of one: step, zero_grad, param_groups, state_dict."""
+
+    def __init__(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+        self.optimizers = dict(optimizers)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError when the state was saved by other optimizers."""
+        if set(state) != set(self.optimizers):
+            raise ValueError(f"optimizer state holds {sorted(state)}, this run uses {sorted(self.optimizers)}")
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
+
+
+Optimizer = torch.optim.Optimizer | OptimizerGroup
+
+
+def build_optimizer(model: GPT, options: PhaseSettings, *, ns_dtype: torch.dtype = torch.float32) -> Optimizer:
+    """The optimizer a phase asks for; `ns_dtype` is what Newton-Schulz multiplies in (bf16 where it is native)."""
+    if options.optimizer == "adamw":
+        return _adamw(list(model.named_parameters()), options)
+    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
+    chosen = {id(p) for _, p in matrices}
+    for name, p in matrices:
+        p.muon_parts = 3 if name.endswith("attn.qkv.weight") else 1  # type: ignore[attr-defined]
+    muon = Muon(
+        [p for _, p in matrices],
+        lr=options.muon_lr,
+        momentum=options.muon_momentum,
+        weight_decay=options.muon_weight_decay,
+        ns_dtype=ns_dtype,
+    )
+    rest = [(name, p) for name, p in model.named_parameters() if id(p) not in chosen]
+    return OptimizerGroup({"muon": muon, "adamw": _adamw(rest, options)})
+
+
+def _adamw(named: list[tuple[str, nn.Parameter]], options: PhaseSettings) -> torch.optim.AdamW:
+    """One group, or two when norms and biases (1-D) or the embedding are spared the weight decay."""
+
+    def decays(name: str, p: nn.Parameter) -> bool:
+        if p.ndim < 2:
+            return options.decay_norm_and_bias
+        return options.decay_embeddings or not name.startswith("tok_emb")
+
+    groups = [
+        {"params": [p for name, p in named if decays(name, p)], "weight_decay": options.weight_decay},
+        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.base_lr,
+        betas=options.betas,
+        eps=options.eps,
+        fused=named[0][1].device.type != "mps",
+    )
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float, options: PhaseSettings) -> None:
+    """Give AdamW `lr`, and Muon its own peak scaled by the same factor."""
+    if not isinstance(optimizer, OptimizerGroup):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        return
+    for name, part in optimizer.optimizers.items():
+        for group in part.param_groups:
+            group["lr"] = lr if name == "adamw" else options.muon_lr * lr / options.base_lr

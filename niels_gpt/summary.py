@@ -1,0 +1,141 @@
+"""What a finished quickstart shows: size, speed, bits per byte beside baselines, primer recall, samples, next commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from niels_gpt import paths
+from niels_gpt.cache.pretrain import open_mix
+from niels_gpt.checkpoint import LoadedModel, load_model, phase_paths
+from niels_gpt.data.registry import get_source
+from niels_gpt.data.types import Message
+from niels_gpt.device import choose_precision
+from niels_gpt.eval import bits_per_byte, byte_unigram_bits
+from niels_gpt.infer.batch import greedy_replies
+from niels_gpt.recall import MAX_REPLY_TOKENS, Recall, held_out_questions, measure_recall, trained_questions
+from niels_gpt.settings import Settings
+
+SAMPLE_QUESTIONS = ("what is your name?", "what is the capital of france?", "tell me a joke")
+HELD_OUT = "data/primer_heldout.jsonl"
+UNIFORM_BITS = 8.0  # bits per byte of a model that knows nothing
+
+
+@dataclass(frozen=True)
+class SourceScore:
+    """Validation bits per byte of one source."""
+
+    base: float  # after pretraining
+    final: float  # after fine-tuning
+    unigram: float  # a table of byte frequencies
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    parameters: int
+    tokens: dict[str, int]  # positions trained on, per phase
+    seconds: dict[str, float]
+    scores: dict[str, SourceScore]
+    trained_recall: Recall
+    held_out_recall: Recall
+    samples: list[tuple[str, str]]
+
+
+def measure(
+    loaded: LoadedModel,
+    settings: Settings,
+    trained: Mapping[str, Mapping[str, Any]],
+    system: str,
+    say: Callable[[str], None],
+) -> Summary:
+    """Measure the finished model; everything here is computed now, from the files it was trained with."""
+    say("bits per byte")
+    scores = source_scores(loaded, settings)
+    say("primer recall")
+    trained_recall = measure_recall(loaded, trained_questions(settings), system=system)
+    held_out = measure_recall(loaded, held_out_questions(paths.shipped(HELD_OUT)), system=system)
+    say("sample replies")
+    options = {phase: getattr(settings.training, phase) for phase in trained}
+    T = settings.model.T
+    summary = Summary(
+        parameters=loaded.model.num_parameters,
+        tokens={p: r["final_step"] * options[p].micro_B * options[p].accum_steps * T for p, r in trained.items()},
+        seconds={p: r["seconds"] for p, r in trained.items()},
+        scores=scores,
+        trained_recall=trained_recall,
+        held_out_recall=held_out,
+        samples=sample_replies(loaded, system),
+    )
+    say("measured")
+    return summary
+
+
+def source_scores(loaded: LoadedModel, settings: Settings) -> dict[str, SourceScore]:
+    """Bits per byte of the whole validation split of every pretraining source, before and after fine-tuning."""
+    device = loaded.model.tok_emb.weight.device.type
+    base = load_model(phase_paths("pretrain").best, device=device).model
+    precision = choose_precision(device, settings.training.pretrain.amp, settings.training.pretrain.amp_dtype)
+    streams, _ = open_mix(settings, loaded.tokenizer, "val", settings.model.T)
+    scores = {}
+    for name, stream in streams.items():
+        documents = get_source(name).documents
+        assert documents is not None, f"{name} is in mix_pretrain, so it has text"
+        unigram = byte_unigram_bits(
+            (d.text.encode() for d in documents(settings, "train")), (d.text.encode() for d in documents(settings, "val"))
+        )
+        before, after = (
+            bits_per_byte(model, stream, loaded.tokenizer, B=32, device=device, precision=precision)
+            for model in (base, loaded.model)
+        )
+        scores[name] = SourceScore(before.value, after.value, unigram, after.text_bytes)
+    return scores
+
+
+def sample_replies(loaded: LoadedModel, system: str) -> list[tuple[str, str]]:
+    """The likeliest reply to three questions."""
+    opening = [Message("system", system)] if system else []
+    chat, context = loaded.chat_format, loaded.model.cfg.T
+    prompts = [
+        chat.encode_prompt([*opening, Message("user", q)], context=context, max_new_tokens=MAX_REPLY_TOKENS).ids
+        for q in SAMPLE_QUESTIONS
+    ]
+    replies = greedy_replies(
+        loaded.model, prompts, max_new_tokens=MAX_REPLY_TOKENS, stop_ids=chat.stop_ids, banned_ids=chat.banned_ids
+    )
+    return [(q, loaded.tokenizer.decode(ids)) for q, ids in zip(SAMPLE_QUESTIONS, replies, strict=True)]
+
+
+def show(console: Console, summary: Summary, seconds: float) -> None:
+    """Print the summary. `seconds`: wall time of both training phases together."""
+    total = sum(summary.tokens.values())
+    trained = sum(summary.seconds.values())
+    console.print(
+        f"\n{summary.parameters:,} parameters; {total:,} tokens in {trained:.0f} s of training "
+        f"({total / trained:,.0f} tokens/s; this run took {seconds:.0f} s)",
+        markup=False,
+    )
+    table = Table(title="validation bits per byte (held-out text, context and stride T)", title_justify="left")
+    for column in ("source", "pretrained", "fine-tuned", "byte unigram", "uniform", "bytes"):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for name, s in summary.scores.items():
+        figures = (f"{s.base:.3f}", f"{s.final:.3f}", f"{s.unigram:.3f}", f"{UNIFORM_BITS:.3f}", f"{s.text_bytes:,}")
+        table.add_row(name, *figures)
+    console.print(table)
+    for title, recall in (("trained questions", summary.trained_recall), ("held-out", summary.held_out_recall)):
+        console.print(f"primer recall, {title}: {recall.right}/{recall.asked} ({recall.share:.1%})", markup=False)
+    console.print("\nsample replies at temperature 0:", markup=False)
+    for question, reply in summary.samples:
+        console.print(f"  > {question}\n  {reply}", markup=False)
+    folder = paths.CHECKPOINT_DIR
+    console.print(
+        f"\nmodel: {folder / 'best.pt'} (carries its tokenizer; settings beside it); logs: {paths.RUNS_DIR}/\n"
+        f"chat:    niels-gpt chat --ckpt {folder / 'best.pt'}\n"
+        f"ask:     niels-gpt chat --ckpt {folder / 'best.pt'} --temperature 0 --prompt \"what is your name?\"\n"
+        "longer:  niels-gpt quickstart --minutes 30 --out longer",
+        markup=False,
+    )

@@ -1,0 +1,28 @@
+"""What a phase hands to the loop: its settings, where batches come from, and what is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from niels_gpt.batching import Batch
+from niels_gpt.eval import EvalResult
+from niels_gpt.settings import PhaseSettings, ResolvedSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One phase of training, ready to run."""
+
+    phase: str
+    resolved: ResolvedSettings
+    next_batch: Callable[[int, int], Batch]  # (step, global microbatch of the step) -> batch; no hidden state
+    evals: Mapping[str, Callable[[], Iterable[Batch]]]  # name, such as "wikitext" -> the same batches every time
+    metric: Callable[[Mapping[str, EvalResult]], float]  # what best.pt minimises
+    tokenizer_model: bytes | None = None  # goes into every checkpoint, so that one file can chat
+    data: Mapping[str, object] = field(default_factory=dict)  # fingerprint of what is learnt from
+
+    @property
+    def options(self) -> PhaseSettings:
+        phase: PhaseSettings = getattr(self.resolved.settings.training, self.phase)
+        return phase

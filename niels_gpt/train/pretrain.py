@@ -1,0 +1,87 @@
+"""Pretraining: windows of the token caches in `data.mix_pretrain`, evaluated on every source's validation split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from niels_gpt.batching import Batch, TokenStream, get_batch
+from niels_gpt.cache.pretrain import open_mix
+from niels_gpt.rng import generator_for
+from niels_gpt.train.job import Job
+from niels_gpt.train.loop import train
+from niels_gpt.train.report import Reporter
+from niels_gpt.train.start import Overrides, Start, eval_shape, fingerprint, start_phase, weighted_metric
+
+PHASE = "pretrain"
+
+
+def run_pretrain(
+    config: Overrides,
+    *,
+    device: str | None = None,
+    resume_path: str | Path | None = None,
+    no_auto_resume: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train a model from scratch, or on from its newest checkpoint.
+
+    config: a settings file, a settings-shaped dict, or None. Returns final_step, best_val_loss, last_val_loss,
+    latest_path, best_path.
+    """
+    start = start_phase(PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume)
+    job = pretrain_job(start)
+    reporter = Reporter(PHASE, start.resolved.run_id, quiet=quiet)
+    if start.resume is not None:
+        reporter.say(f"resumed from {start.resume}")
+    try:
+        result = train(job, device=start.device, reporter=reporter, resume=start.resume)
+    finally:
+        reporter.close()
+    last = result.last_evals.get(start.settings.data.val_pretrain_source)
+    return {
+        "final_step": result.state.step,
+        "best_val_loss": result.state.best_val_loss,
+        "last_val_loss": last.loss if last is not None else None,
+        "latest_path": result.latest_path,
+        "best_path": result.best_path,
+        "tokens_seen": result.state.tokens_seen,
+        "seconds": result.elapsed,
+    }
+
+
+def pretrain_job(start: Start) -> Job:
+    """Open the caches and tie them to the loop."""
+    settings, options = start.settings, start.options
+    T = start.resolved.model_cfg.T
+    streams, mix = open_mix(settings, start.tokenizer, "train", T)
+    val_streams, _ = open_mix(settings, start.tokenizer, "val", T)
+
+    def next_batch(step: int, microbatch: int) -> Batch:
+        generator = generator_for(options.seed, "data", step, microbatch)
+        return Batch(*get_batch(streams, mix, options.micro_B, T, "cpu", generator))
+
+    return Job(
+        phase=PHASE,
+        resolved=start.resolved,
+        next_batch=next_batch,
+        evals={name: stream_eval(stream, start, T) for name, stream in val_streams.items()},
+        metric=lambda evals: weighted_metric(
+            options, {"pretrain_val_loss": evals.get(settings.data.val_pretrain_source)}
+        ),
+        tokenizer_model=start.tokenizer_model,
+        data=fingerprint(settings.data.caches.pretrain_token_cache, streams),
+    )
+
+
+def stream_eval(stream: TokenStream, start: Start, T: int) -> Callable[[], Iterable[Batch]]:
+    """The same windows of a validation stream at every evaluation."""
+    n_batches, rows = eval_shape(start.options)
+
+    def batches() -> Iterator[Batch]:
+        generator = generator_for(start.options.seed, f"eval/{stream.name}")
+        for _ in range(n_batches):
+            yield Batch(*get_batch({stream.name: stream}, {stream.name: 1.0}, rows, T, "cpu", generator))
+
+    return batches

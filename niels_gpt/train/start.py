@@ -1,0 +1,109 @@
+"""What both phases do before the loop: settings, device, threads, tokenizer, and where to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from niels_gpt import checkpoint as ckpt
+from niels_gpt.config import TrainConfig
+from niels_gpt.device import resolve_device
+from niels_gpt.eval import EvalResult
+from niels_gpt.files import sha256_file
+from niels_gpt.paths import ensure_dirs
+from niels_gpt.settings import PhaseSettings, ResolvedSettings, Settings, resolve_settings, tokenizer_file
+from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+
+Overrides = str | Path | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """A phase about to run."""
+
+    resolved: ResolvedSettings
+    device: str
+    tokenizer: Tokenizer
+    resume: Path | None
+
+    @property
+    def settings(self) -> Settings:
+        return self.resolved.settings
+
+    @property
+    def options(self) -> PhaseSettings:
+        return self.resolved.training
+
+    @property
+    def tokenizer_model(self) -> bytes | None:
+        """The tokenizer's file, to travel inside every checkpoint; None for bytes."""
+        return self.tokenizer.model_bytes if isinstance(self.tokenizer, SentencePieceTokenizer) else None
+
+
+def start_phase(
+    phase: str, config: Overrides, *, device: str | None, resume_path: str | Path | None, no_auto_resume: bool
+) -> Start:
+    """Resolve everything a phase needs; a resumed run keeps its run id. ValueError/FileNotFoundError for people."""
+    ensure_dirs()
+    chosen = resolve_device(device)
+    resume = find_resume(phase, resume_path, no_auto_resume)
+    run_id = None
+    if resume is not None:
+        record = ckpt.load_checkpoint(resume, device="cpu")["resume"] or {}
+        run_id = record.get("run_id") if record.get("phase") == phase else None
+    resolved = resolve_settings(phase, config, run_id=run_id, write_resolved=True)
+    reproducibility = resolved.settings.reproducibility
+    if reproducibility.torch_num_threads is not None:
+        torch.set_num_threads(reproducibility.torch_num_threads)
+    if reproducibility.torch_matmul_precision is not None:
+        torch.set_float32_matmul_precision(reproducibility.torch_matmul_precision)
+    return Start(resolved, chosen, open_tokenizer(resolved.settings), resume)
+
+
+def find_resume(phase: str, resume_path: str | Path | None, no_auto_resume: bool) -> Path | None:
+    """`--resume PATH` first, then `--no-resume`, else the newest sound checkpoint of this phase (never the root's)."""
+    if resume_path is not None:
+        path = Path(resume_path)
+        if not path.is_file():
+            raise FileNotFoundError(f"cannot resume: there is no checkpoint at {path}")
+        return path
+    return None if no_auto_resume else ckpt.newest_good(phase)
+
+
+def open_tokenizer(settings: Settings) -> Tokenizer:
+    """The tokenizer the settings name; FileNotFoundError says how to make one."""
+    if settings.tokenizer.type == "byte":
+        return ByteTokenizer()
+    path = tokenizer_file(settings.tokenizer)
+    if path is None:
+        raise FileNotFoundError(
+            f"there is no tokenizer at {settings.tokenizer.model_path}; `niels-gpt quickstart` makes one, "
+            "or name another with tokenizer.model_path"
+        )
+    return load_tokenizer(path, settings.tokenizer.expected_special_token_ids.model_dump())
+
+
+def fingerprint(root: str | Path, sources: Iterable[str]) -> dict[str, str]:
+    """sha256 of each source's meta.json, which itself holds the sha256 of every shard."""
+    metas = {name: Path(root) / name / "meta.json" for name in sorted(sources)}
+    return {name: sha256_file(path) for name, path in metas.items() if path.is_file()}
+
+
+def eval_shape(options: PhaseSettings | TrainConfig) -> tuple[int, int]:
+    """(number of batches, rows) of one evaluation."""
+    rows = options.micro_B if isinstance(options, PhaseSettings) else options.B
+    return options.eval_batches or options.eval_steps, options.micro_B_eval or rows
+
+
+def weighted_metric(options: PhaseSettings, losses: Mapping[str, EvalResult | None]) -> float:
+    """What best.pt minimises: one loss by its settings name, or the weighted sum of several; NaN if one is missing."""
+    weights = options.best_metric_weights or {options.best_metric: 1.0}
+    total = 0.0
+    for name, weight in weights.items():
+        result = losses.get(name)
+        total += weight * (result.loss if result is not None else float("nan"))
+    return total / sum(weights.values())

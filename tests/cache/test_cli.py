@@ -1,0 +1,166 @@
+"""The cache programs: flags, exit statuses, and messages a person can act on."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from niels_gpt.cache import cli
+from niels_gpt.tokenizer import SentencePieceTokenizer
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: SentencePieceTokenizer) -> Path:
+    """An empty working folder with a config that names the tiny tokenizer and a mix of sources that exist."""
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "tokenizer": {"model_path": str(tiny_tokenizer.model_path), "vocab_size": 512},
+        "model": {"V": 512},
+        "data": {
+            "mix_pretrain": {"text": 0.5, "primer": 0.3, "roam": 0.2},
+            "mix_sft": {"primer": 1.0},
+            "val_pretrain_source": "primer",
+        },
+    }
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    (tmp_path / "data" / "text").mkdir(parents=True)
+    for i in range(20):
+        (tmp_path / "data" / "text" / f"{i}.txt").write_text(f"file {i} " * 40)
+    return tmp_path
+
+
+def run(*argv: str) -> int:
+    return cli.main([*argv, "--config", "c.json"])
+
+
+def test_build_makes_what_a_source_has_and_keeps_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("build", "primer", "text") == 0
+    out = capsys.readouterr().out
+    assert [line.split(":")[0] for line in out.splitlines()] == ["✓ pretrain/primer", "✓ sft/primer", "✓ pretrain/text"]
+    assert "documents" in out and "tokens (train + val)" in out
+    made = {path.relative_to(here).as_posix() for path in here.glob("data/cache/*/*/meta.json")}
+    assert made == {f"data/cache/{name}/meta.json" for name in ("pretrain/primer", "pretrain/text", "sft/primer")}
+    assert run("build", "primer", "text") == 0
+    assert capsys.readouterr().out.count("up to date") == 3
+
+
+def test_flags_choose_phase_folders_and_options(here: Path) -> None:
+    (here / "data" / "text").rename(here / "mine")
+    assert run("build", "text", "--text-dir", "mine", "--cache-dir", "c", "--shard-bytes", "600", "--seed", "7") == 0
+    meta = json.loads((here / "c/pretrain/text/meta.json").read_text())
+    assert meta["shard_bytes"] == 600 and meta["seed"] == 7 and meta["split_rule"].endswith("seed=7")
+    assert run("build", "primer", "--phase", "sft", "--cache-dir", "c", "--out-dir", "talk", "--t-max", "20") == 0
+    assert json.loads((here / "talk/primer/meta.json").read_text())["T_max"] == 20
+    assert not (here / "c/pretrain/primer").exists()
+
+
+def test_one_failing_source_does_not_stop_the_others(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "data/text/bad.txt").write_bytes(b"\xff")
+    assert run("build", "text", "primer", "--phase", "pretrain") == 1
+    captured = capsys.readouterr()
+    assert (
+        "✗ pretrain/text failed: data/text/bad.txt is not UTF-8" in captured.err and "✓ pretrain/primer" in captured.out
+    )
+    assert run("build", "dolly") == 1
+    assert "error: the source dolly15k arrives with the Hugging Face sources" in capsys.readouterr().err
+
+
+def test_build_all_builds_the_mixes_beside_the_tokenizer(
+    here: Path, tiny_tokenizer: SentencePieceTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        run("build-all", "--cache-dir", "data/cache", "--fineweb-train-tokens", "10", "--roam-dir", "data/.roam") == 0
+    )
+    out = capsys.readouterr().out
+    assert "- pretrain/roam skipped: there is no folder data/.roam" in out
+    assert out.count("✓") == 3
+    assert (here / "data/cache/tokenizer/spm.model").read_bytes() == tiny_tokenizer.model_bytes
+    meta = json.loads((here / "data/cache/tokenizer/meta.json").read_text())
+    assert meta["tokenizer_sha256"] == tiny_tokenizer.sha256 and meta["vocab_size"] == 512
+    assert (here / "data/cache/tokenizer/tokenizer_meta.json").is_file()
+
+    def contents() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in here.rglob("*") if path.is_file() and path.name != ".verified"}
+
+    before = contents()
+    assert run("build-all") == 0
+    assert contents() == before
+    for path in (here / "data/cache").rglob("meta.json"):
+        path.unlink()
+    assert run("build-all") == 0
+    assert contents() == before
+
+
+def test_build_all_lists_every_missing_source(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((here / "c.json").read_text())
+    config["data"]["mix_pretrain"] = {"fineweb_edu": 0.5, "wikitext": 0.3, "text": 0.2}
+    config["data"]["mix_sft"] = {"oasst1": 0.5, "primer": 0.5}
+    (here / "c.json").write_text(json.dumps(config))
+    assert run("build-all") == 1
+    captured = capsys.readouterr()
+    assert captured.out.count("✓") == 2 and captured.err.count("arrives with the Hugging Face sources") == 3
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("error: caches of the mixes are missing: ")
+    for name in ("pretrain/fineweb_edu", "pretrain/wikitext", "sft/oasst1"):
+        assert f"data/cache/{name}/meta.json" in last
+    assert last.count("meta.json") == 3
+
+
+def test_build_sft_primer_writes_to_a_folder_called_primer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "p.jsonl").write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]})
+            + "\n"
+            for i in range(10)
+        )
+    )
+    flags = ["--primer-jsonl", "p.jsonl", "--seed", "1", "--val-frac", "0.2", "--t-max", "99"]
+    for out_dir in ("x", "y/primer"):
+        assert run("build-sft-primer", *flags, "--out-dir", out_dir) == 0
+    one, two = ((here / folder / "primer" / "meta.json").read_bytes() for folder in ("x", "y"))
+    assert one == two and json.loads(one)["val_examples"] == 2 and json.loads(one)["T_max"] == 99
+    assert run("build-sft-primer", "--primer-jsonl", "none.jsonl") == 1
+    assert "there is no primer file none.jsonl" in capsys.readouterr().err
+    with open(here / "p.jsonl", "a") as file:
+        file.write("{broken\n")
+    assert run("build-sft-primer", *flags, "--out-dir", "x") == 1
+    assert "p.jsonl: line 11: not valid JSON" in capsys.readouterr().err
+    assert run("build-sft-primer", *flags, "--out-dir", "x", "--skip-bad") == 0
+    assert "dropped 1 malformed" in capsys.readouterr().out
+
+
+def test_show_and_verify(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("show") == 1
+    assert "no caches in data/cache/pretrain or data/cache/sft" in capsys.readouterr().err
+    assert run("build", "primer") == 0
+    assert run("show") == run("verify") == run("verify", "primer") == 0
+    assert "✓ sft/primer: 6 files are as written" in capsys.readouterr().out
+    path = here / "data/cache/sft/primer/train_labels.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    for command in ("show", "verify"):
+        assert run(command) == 1
+        captured = capsys.readouterr()
+        assert "✗ sft/primer: " in captured.err and "train_labels.bin is damaged" in captured.err
+        assert "✓ pretrain/primer" in captured.out
+
+
+def test_wrong_usage_and_wrong_files_end_without_a_traceback(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for argv in ([], ["build"], ["build", "primer", "--phase", "dpo"], ["nonsense"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(argv)
+        assert caught.value.code == 2
+    assert run("build", "primer", "--tokenizer", "none.model") == 1
+    assert "error: there is no tokenizer model none.model" in capsys.readouterr().err
+    (here / "c.json").write_text('{"data": 3}')
+    assert run("build", "primer") == 1
+    assert "error: " in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["cli", "build", "primer", "--config", "gone.json"])
+    with pytest.raises(SystemExit) as caught, pytest.warns(RuntimeWarning):
+        runpy.run_module("niels_gpt.cache.cli", run_name="__main__")
+    assert caught.value.code == 1

@@ -1,0 +1,247 @@
+"""Pretraining caches: built from sources, kept when up to date, reproduced to the bit, mixed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from niels_gpt.cache.format import open_pretrain, writing_pretrain
+from niels_gpt.cache.pretrain import build_pretrain, open_mix, shuffled, write_budgeted
+from niels_gpt.settings import Settings, validate_overrides
+from niels_gpt.special_tokens import SPECIAL_TOKENS
+from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
+from tests.reference import BUNDLE, needs_bundle
+
+
+def write_notes(folder: Path, n: int = 20, words: int = 30) -> Path:
+    for i in range(n):
+        path = folder / f"part {i % 3}" / f"note {i:02d}.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# Note {i}\n\n" + f"naïve words of {i} " * words, encoding="utf-8")
+    return folder
+
+
+def settings_for(tmp_path: Path, mix: dict[str, float] | None = None, **data: Any) -> Settings:
+    folders = {name: {"root_dir": str(tmp_path / name)} for name in ("text", "roam")}
+    caches = {"pretrain_token_cache": str(tmp_path / "cache" / "pretrain")}
+    mixed = {"mix_pretrain": mix} if mix else {}
+    model = {"V": 512, "T": 32}
+    return validate_overrides(
+        {"data": {**folders, "caches": caches, **mixed, **data}, "model": model, "tokenizer": {"vocab_size": 512}}
+    )
+
+
+def build(settings: Settings, tokenizer: Any, source: str, **options: Any) -> dict[str, Any]:
+    root = settings.data.caches.pretrain_token_cache
+    return build_pretrain(settings, tokenizer, source, **{"root": root, "seed": 42, **options})
+
+
+def tokens(settings: Settings, tokenizer: Any, source: str, split: str) -> list[int]:
+    root = settings.data.caches.pretrain_token_cache
+    stream = open_pretrain(
+        root,
+        source,
+        split,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=512,
+        special_token_ids=tokenizer.special_token_ids(),
+    )
+    return np.concatenate([*stream.arrays, np.empty(0, np.uint16)]).tolist()
+
+
+def test_documents_are_cached_with_the_end_id_after_each(
+    tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer
+) -> None:
+    write_notes(tmp_path / "text")
+    settings = settings_for(tmp_path)
+    counts: list[tuple[str, int]] = []
+    meta = build(settings, tiny_tokenizer, "text", shard_bytes=1000, progress=lambda *args: counts.append(args))
+    assert sum(meta["documents"].values()) == 20 and meta["documents"]["val"] > 0
+    assert counts[-1] == ("train", meta["documents"]["train"])
+    texts: dict[str, str] = {}
+    for split in ("train", "val"):
+        ids = tokens(settings, tiny_tokenizer, "text", split)
+        assert len(ids) == meta[f"{split}_tokens"] and ids[-1] == 6 and ids.count(6) == meta["documents"][split]
+        texts[split] = tiny_tokenizer.decode(ids)
+        text_bytes = sum(len(tiny_tokenizer.token_bytes(i)) for i in ids)
+        assert text_bytes == meta["bytes"][split]  # what bits per byte divides by
+    assert sorted(texts["train"].split("# ")[1:] + texts["val"].split("# ")[1:]) == sorted(
+        path.read_text(encoding="utf-8").strip()[2:] for path in (tmp_path / "text").rglob("*.md")
+    )
+
+
+def test_a_byte_tokenizer_separates_documents_by_a_blank_line(tmp_path: Path) -> None:
+    write_notes(tmp_path / "text")
+    settings = settings_for(tmp_path)
+    meta = build(settings, ByteTokenizer(), "text")
+    text = bytes(tokens(settings, ByteTokenizer(), "text", "train")).decode()
+    assert len(text.split("\n\n# ")) == meta["documents"]["train"] and meta["document_separator"] is None
+    assert meta["tokenizer_sha256"] is None and meta["vocab_size"] == 256
+
+
+def test_a_cache_is_built_again_only_when_something_changed(
+    tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer
+) -> None:
+    write_notes(tmp_path / "text")
+    settings = settings_for(tmp_path)
+    folder = tmp_path / "cache" / "pretrain" / "text"
+    first = build(settings, tiny_tokenizer, "text")
+    inode = (folder / "meta.json").stat().st_ino
+    again = build(settings, tiny_tokenizer, "text")
+    assert again.pop("reused") and again == first and (folder / "meta.json").stat().st_ino == inode
+    assert "reused" not in (folder / "meta.json").read_text()
+
+    assert "reused" not in build(settings, tiny_tokenizer, "text", shard_bytes=512)
+    assert "reused" not in build(
+        settings_for(tmp_path, text={"split_seed": 7, "root_dir": str(tmp_path / "text")}), tiny_tokenizer, "text"
+    )
+    (tmp_path / "text" / "new.txt").write_text("one more")
+    assert sum(build(settings, tiny_tokenizer, "text")["documents"].values()) == 21
+    assert build(settings, tiny_tokenizer, "text")["reused"]
+    assert "reused" not in build(settings, ByteTokenizer(), "text")
+    build(settings, tiny_tokenizer, "text")
+    shard = folder / "train" / "shard_00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    assert "reused" not in build(settings, tiny_tokenizer, "text")
+    assert build(settings, tiny_tokenizer, "text")["reused"]
+
+
+@pytest.mark.parametrize("literal", SPECIAL_TOKENS.values())
+def test_text_that_poses_as_a_sentinel_is_an_error(
+    tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, literal: str
+) -> None:
+    write_notes(tmp_path / "text", 3)
+    (tmp_path / "text" / "bad.txt").write_text(f"hello {literal} there")
+    with pytest.raises(ValueError, match="special token literal"):
+        build(settings_for(tmp_path), tiny_tokenizer, "text")
+    assert not (tmp_path / "cache" / "pretrain" / "text").exists()
+
+
+def test_wrong_sources_are_refused(tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
+    settings = settings_for(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*text; .* set data\.text\.root_dir"):
+        build(settings, tiny_tokenizer, "text")
+    with pytest.raises(ValueError, match="wikitext arrives with the Hugging Face sources"):
+        build(settings, tiny_tokenizer, "wiki")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "blank.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="text has no text to train on"):
+        build(settings, tiny_tokenizer, "text")
+
+
+# Mixes
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer) -> Path:
+    write_notes(tmp_path / "text")
+    build(settings_for(tmp_path), tiny_tokenizer, "text")
+    build(settings_for(tmp_path), tiny_tokenizer, "primer")
+    return tmp_path
+
+
+def test_a_mix_opens_with_its_weights(mixed: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
+    settings = settings_for(mixed, {"text": 0.25, "primer": 0.75}, val_pretrain_source="primer")
+    for split in ("train", "val"):
+        streams, p = open_mix(settings, tiny_tokenizer, split, 32)
+        assert p == {"primer": 0.75, "text": 0.25} and all(s.num_tokens for s in streams.values())
+
+
+def test_the_validation_source_need_not_be_in_the_mix(mixed: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
+    settings = settings_for(mixed, {"text": 1.0}, val_pretrain_source="primer")
+    assert open_mix(settings, tiny_tokenizer, "train", 32)[1] == {"text": 1.0}
+    assert open_mix(settings, tiny_tokenizer, "val", 32)[1] == {"primer": 0.0, "text": 1.0}
+
+
+def write_stub(root: Path, tokenizer: SentencePieceTokenizer) -> None:
+    for split in ("train", "val"):
+        (root / split).mkdir(parents=True)
+        (root / split / "shard_00000.bin").touch()
+    ids = tokenizer.special_token_ids()
+    meta = {"stub": True, "train_tokens": 0, "val_tokens": 0, "tokenizer_sha256": tokenizer.sha256}
+    (root / "meta.json").write_text(json.dumps({**meta, "special_token_ids": ids, "vocab_size": 512}))
+
+
+@pytest.mark.parametrize("stub", [False, True])
+def test_a_missing_optional_source_is_left_out_loudly(
+    mixed: Path, tiny_tokenizer: SentencePieceTokenizer, stub: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if stub:
+        write_stub(mixed / "cache" / "pretrain" / "roam", tiny_tokenizer)
+    settings = settings_for(mixed, {"text": 0.6, "primer": 0.2, "roam": 0.2}, val_pretrain_source="primer")
+    for split in ("train", "val"):
+        streams, p = open_mix(settings, tiny_tokenizer, split, 32)
+        assert sorted(streams) == ["primer", "text"] and p == pytest.approx({"text": 0.75, "primer": 0.25})
+        assert "warning: roam is left out" in capsys.readouterr().err
+
+
+def test_other_missing_sources_are_errors_that_name_all(mixed: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
+    mix = {"text": 0.5, "wikitext": 0.25, "fineweb_edu": 0.25}
+    with pytest.raises(FileNotFoundError) as caught:
+        open_mix(settings_for(mixed, mix), tiny_tokenizer, "train", 32)
+    for name in ("wikitext", "fineweb_edu"):
+        assert f"cache.cli build {name} --phase pretrain --cache-dir {mixed / 'cache'}" in str(caught.value)
+
+
+def test_a_mix_without_anything_or_without_its_validation_source_is_an_error(
+    mixed: Path, tiny_tokenizer: SentencePieceTokenizer
+) -> None:
+    settings = settings_for(mixed, {"roam": 1.0}, val_pretrain_source="roam")
+    with pytest.raises(ValueError, match=r"no source of data\.mix_pretrain has any text: roam"):
+        open_mix(settings, tiny_tokenizer, "train", 32)
+    settings = settings_for(mixed, {"roam": 0.5, "text": 0.5}, val_pretrain_source="roam")
+    with pytest.raises(ValueError, match=r"validation source roam has no validation text; .* such as text"):
+        open_mix(settings, tiny_tokenizer, "val", 32)
+
+
+def test_a_source_too_short_for_the_context_is_an_error(mixed: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
+    settings = settings_for(mixed, {"text": 0.5, "primer": 0.5}, val_pretrain_source="primer")
+    with pytest.raises(ValueError, match=r"'text' is too short: .*T\+1 = 20001 needed; lower T"):
+        open_mix(settings, tiny_tokenizer, "train", 20_000)
+
+
+# The published caches, to the bit
+
+
+def published_meta(meta: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in meta.items() if k not in ("files", "documents", "bytes", "document_separator")}
+
+
+@needs_bundle
+@pytest.mark.parametrize("source", ["wikitext", "fineweb_edu"])
+def test_reference_caches_are_reproduced_to_the_bit(tmp_path: Path, source: str) -> None:
+    expected = BUNDLE / "v2/cache/pretrain" / source
+    wanted = json.loads((expected / "meta.json").read_text())
+    tokenizer = load_tokenizer(BUNDLE / "v2/tokenizer/spm.model")
+    texts = iter(json.loads((BUNDLE / "v2/corpus/toy_docs.json").read_text()))
+    if wanted["shuffle_buffer"]:
+        texts = shuffled(texts, wanted["shuffle_buffer"], wanted["seed"])
+    with writing_pretrain(
+        tmp_path / source, published_meta(wanted), vocab_size=512, separator=None, shard_bytes=wanted["shard_bytes"]
+    ) as writer:
+        budgets = {split: wanted[f"{split}_target"] for split in ("val_tokens", "train_tokens")}
+        write_budgeted(writer, texts, tokenizer, name=source, **budgets)
+    assert published_meta(writer.meta) == wanted
+    written = sorted(path.relative_to(tmp_path / source) for path in (tmp_path / source).rglob("*.bin"))
+    assert written == sorted(path.relative_to(expected) for path in expected.rglob("*.bin"))
+    for name in written:
+        assert (tmp_path / source / name).read_bytes() == (expected / name).read_bytes()
+
+
+@needs_bundle
+def test_reference_windows_are_drawn_from_the_opened_shards() -> None:
+    vectors = np.load(BUNDLE / "v2/batches/pretrain_dataset_fineweb_edu_seed42_B4_T32.npz")
+    tokenizer = load_tokenizer(BUNDLE / "v2/tokenizer/spm.model")
+    stream = open_pretrain(
+        BUNDLE / "v2/cache/pretrain", "fineweb_edu", "train", tokenizer_sha256=tokenizer.sha256, vocab_size=512
+    )
+    windows = {tuple(stream.window(i, 32, array=a)) for a, n in enumerate(stream.windows(32)) for i in range(n)}
+    for x, y in zip(vectors["x"], vectors["y"], strict=True):
+        assert (*x, y[-1]) in windows
+    generator = torch.Generator().manual_seed(42)
+    assert tuple(stream.draw(32, generator)) in windows

@@ -1,0 +1,64 @@
+"""Every shipped config resolves for its phase and says why it exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from niels_gpt import files
+from niels_gpt.config import V1
+from niels_gpt.settings import PHASES, resolve_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+PIPELINES = ("pipeline",)
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if path.stem not in PIPELINES)
+NAMED_IN_THE_SPEC = {"smoke", "train", "pretrain", "sft", "pipeline", "pretrain_smoke"}
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_every_config_of_the_spec_is_there() -> None:
+    assert {path.stem for path in (ROOT / "configs").glob("*.json")} >= NAMED_IN_THE_SPEC
+    assert (ROOT / "configs" / "system_surly.txt").read_text(encoding="utf-8").strip()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_resolves_silently(path: Path, phase: str, capsys: pytest.CaptureFixture[str]) -> None:
+    resolve_settings(phase, path)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_says_why_it_exists(path: Path) -> None:
+    config = files.read_json(path)
+    assert next(iter(config)) == "_why" and len(config["_why"]) > 20
+
+
+def test_pipeline_names_configs_of_one_model() -> None:
+    pipeline = files.read_json(ROOT / "configs" / "pipeline.json")
+    assert set(pipeline) == {"pretrain_config_path", "sft_config_path"}
+    pretrain = resolve_settings("pretrain", pipeline["pretrain_config_path"])
+    sft = resolve_settings("sft", pipeline["sft_config_path"])
+    assert (pretrain.model_cfg, pretrain.arch) == (sft.model_cfg, sft.arch)
+
+
+def test_what_the_spec_says_of_each() -> None:
+    assert resolve_settings("pretrain", ROOT / "configs" / "smoke.json").train_cfg.total_steps == 1000
+    assert resolve_settings("sft", ROOT / "configs" / "smoke.json").train_cfg.total_steps <= 50
+    train = resolve_settings("pretrain", ROOT / "configs" / "train.json").train_cfg
+    assert (train.total_steps, train.B, train.accum_steps, train.warmup_steps) == (20000, 16, 4, 200)
+    assert (train.eval_every, train.eval_steps, train.ckpt_every, train.base_lr, train.min_lr) == (
+        1000,
+        25,
+        1000,
+        3e-4,
+        3e-5,
+    )
+    tiny = resolve_settings("pretrain", ROOT / "configs" / "pretrain_smoke.json")
+    assert tiny.train_cfg.total_steps == 2 and tiny.settings.tokenizer.vocab_size <= tiny.model_cfg.V
+    assert resolve_settings("pretrain", ROOT / "configs" / "byte.json").arch == V1

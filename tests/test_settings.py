@@ -1,0 +1,444 @@
+"""Settings: defaults, merging, bounds, messages, the record, and that no input does worse than a ValueError."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from niels_gpt import files, paths
+from niels_gpt.config import NEW, V1, ModelConfig
+from niels_gpt.settings import (
+    PRETRAIN_SOURCES,
+    SFT_SOURCES,
+    Settings,
+    default_settings,
+    load_overrides,
+    resolve_settings,
+    tokenizer_file,
+)
+from niels_gpt.settings_errors import leaf_paths
+from tests.reference import BUNDLE, needs_bundle
+
+
+def problem(overrides: Any, phase: str = "pretrain") -> str:
+    """The message of the ValueError that resolving raises."""
+    with pytest.raises(ValueError) as caught:
+        resolve_settings(phase, overrides)
+    return str(caught.value)
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return value
+
+
+# defaults
+
+
+def test_the_documented_defaults() -> None:
+    s = default_settings()
+    assert resolve_settings("pretrain").model_cfg == ModelConfig(16000, 512, 384, 8, 6, 1152, 0.1, 10000.0)
+    assert s.data.mix_sft == {"primer": 0.10, "oasst1": 0.70, "dolly15k": 0.20}
+    assert s.data.mix_pretrain == {"fineweb_edu": 0.7, "wikitext": 0.2, "roam": 0.1}
+    assert (s.data.val_pretrain_source, s.data.val_sft_source) == ("wikitext", "sft")
+    assert s.data.caches.pretrain_token_cache == "data/cache/pretrain"
+    assert s.data.roam.root_dir == "data/.roam-data"
+    generation = s.generation
+    assert (generation.max_new_tokens, generation.temperature, generation.top_k) == (256, 0.9, 50)
+    assert (generation.top_p, generation.repetition_penalty) == (None, None)
+    assert s.sft_format.include_eot_in_loss and s.sft_format.pack_sequences
+
+
+def test_the_phases_differ_where_documented_and_nowhere_else() -> None:
+    training = default_settings().training
+    pretrain, sft = training.pretrain.model_dump(), training.sft.model_dump()
+    assert {k: (pretrain[k], sft[k]) for k in pretrain if pretrain[k] != sft[k]} == {
+        "total_steps": (17000, 1889),
+        "base_lr": (3e-4, 1e-4),
+        "warmup_steps": (340, 189),
+        "min_lr": (3e-5, 1e-5),
+        "weight_decay": (0.1, 0.05),
+        "best_metric": ("pretrain_val_loss", "sft_val_loss"),
+    }
+
+
+def test_every_knob_has_a_line_of_help() -> None:
+    def check(section: type[Any]) -> None:
+        for name, field in section.model_fields.items():
+            assert field.description and "\n" not in field.description, (section, name)
+            if hasattr(field.annotation, "model_fields"):
+                check(field.annotation)
+
+    check(Settings)
+
+
+def test_defaults_cannot_be_poisoned_through_a_resolved_run() -> None:
+    resolve_settings("pretrain").settings.data.mix_pretrain["wikitext"] = 9.0
+    resolve_settings("pretrain").settings.tokenizer.special_tokens["sys"] = "x"
+    assert default_settings().data.mix_pretrain["wikitext"] == 0.2
+    assert default_settings().tokenizer.special_tokens["sys"] != "x"
+
+
+# overrides
+
+
+def test_objects_merge_and_mixes_replace() -> None:
+    resolved = resolve_settings(
+        "pretrain", {"model": {"L": 2}, "data": {"mix_pretrain": {"wikitext": 0.6, "roam": 0.4}}}
+    )
+    assert (resolved.model_cfg.L, resolved.model_cfg.C) == (2, 384)
+    assert resolved.settings.data.mix_pretrain == {"wikitext": 0.6, "roam": 0.4}
+    assert resolved.settings.data.mix_sft == default_settings().data.mix_sft
+
+
+def test_overrides_come_from_a_dict_or_a_file_by_either_name(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text('{"_why": "a reason", "model": {"L": 3}}', encoding="utf-8")
+    for resolved in (
+        resolve_settings("sft", path),
+        resolve_settings(phase="sft", overrides_path=str(path)),
+        resolve_settings("sft", overrides={"model": {"L": 3}}),
+    ):
+        assert resolved.model_cfg.L == 3
+        assert resolved.overrides == {"model": {"L": 3}}
+    assert resolve_settings("sft", path).overrides_source == str(path)
+    assert resolve_settings("sft", {}).overrides_source is None
+    assert load_overrides(None) == {}
+    with pytest.raises(ValueError, match="not both"):
+        resolve_settings("sft", {}, overrides_path=path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '{"model": ', '{"model": {}, "model": {}}', "\ufeff\xff"])
+def test_a_file_that_is_no_json_object_is_a_value_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape("broken.json")):
+        resolve_settings("pretrain", path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config file .*nowhere\.json"):
+        resolve_settings("pretrain", tmp_path / "nowhere.json")
+    with pytest.raises(ValueError, match="dict or the path"):
+        load_overrides(3)  # type: ignore[arg-type]
+
+
+def test_the_phase_is_checked() -> None:
+    with pytest.raises(ValueError, match="phase must be one of pretrain, sft"):
+        resolve_settings("pipeline")
+
+
+def test_the_overrides_are_not_changed_and_not_shared() -> None:
+    given_ = {"_why": "x", "data": {"mix_pretrain": {"wikitext": 1.0}}, "tokenizer": {"normalization": "nfkc"}}
+    before = json.dumps(given_)
+    resolved = resolve_settings("pretrain", given_)
+    resolved.overrides["data"]["mix_pretrain"]["wikitext"] = 5
+    assert json.dumps(given_) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("training.pretrain.base_ler", "training.pretrain.base_lr"),
+        ("base_lr", "training.pretrain.base_lr"),
+        ("modle", "model"),
+        ("model.n_layers", "model."),
+        ("data.mix_pretrian", "data.mix_pretrain"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_one(path: str, nearest: str) -> None:
+    assert problem(nested(path, 1)).startswith(f"{path}: unknown key; the nearest known one is {nearest}")
+
+
+# bounds and messages
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("training.pretrain.base_lr", -1, "must be greater than 0 (got -1)"),
+        ("training.pretrain.base_lr", float("nan"), "must be a finite number (got nan)"),
+        ("training.pretrain.base_lr", True, "must be a number (got true)"),
+        ("training.sft.keep_last", 1, "must be at least 2 (got 1)"),
+        ("training.sft.amp", 1, "must be one of True, False or 'auto' (got \"1\")"),
+        ("training.sft.amp", "yes", "must be one of True, False or 'auto' (got \"yes\")"),
+        ("training.sft.betas", [0.9], None),
+        ("training.sft.betas", [0.9, 1.0], None),
+        ("model.dropout", 1.0, "must be less than 1 (got 1.0)"),
+        ("model.T", True, "must be a whole number (got true)"),
+        ("model.T", 2.5, "must be a whole number (got 2.5)"),
+        ("model.T", "64", 'must be a whole number (got "64")'),
+        ("model.T", 0, "must be at least 1 (got 0)"),
+        ("model.V", 10**400, "must be at most 65535 (got a huge number)"),
+        ("model.rope_theta", float("inf"), None),
+        ("model.norm_type", "batchnorm", "must be one of 'rmsnorm' or 'layernorm' (got \"batchnorm\")"),
+        ("model", None, "must be an object (got null)"),
+        ("model", [1], "must be an object (got a list)"),
+        ("tokenizer.model_path", 3, "must be a text (got 3)"),
+        ("tokenizer.model_path", "a\0b", None),
+        ("tokenizer.model_path", "\ud800", None),
+        ("tokenizer.tokenizer_sha256", "abc", None),
+        ("generation.banned_token_ids", "3", 'must be a list (got "3")'),
+        ("data.val_sft_source", "roam", None),
+    ],
+)
+def test_a_value_out_of_bounds_is_one_line(path: str, value: Any, message: str | None) -> None:
+    said = problem(nested(path, value))
+    assert said.startswith(path) and "\n" not in said and "pydantic" not in said
+    if message is not None:
+        assert said == f"{path}: {message}"
+
+
+def test_several_problems_are_several_lines_and_many_are_cut() -> None:
+    said = problem({"model": {"T": 0, "L": "x"}, "generation": {"top_p": 2.0}})
+    assert [line.partition(":")[0] for line in said.splitlines()] == ["model.T", "model.L", "generation.top_p"]
+    assert len(problem({f"k{i}": 1 for i in range(5000)}).splitlines()) == 11
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [({"C": 65, "H": 4}, "not divisible"), ({"C": 36, "H": 4}, "must be even")],
+)
+def test_the_shape_must_be_possible(model: dict[str, int], message: str) -> None:
+    assert message in problem({"model": model})
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ({"wikitext": 0.5, "roam": 0.4}, "sum to 0.9 in {'wikitext': 0.5, 'roam': 0.4}"),
+        ({"wikitext": 1.0, "roam": 0.0}, "the weight of roam must be in (0, 1], got 0"),
+        ({"wikitext": 1.5, "roam": -0.5}, "the weight of wikitext must be in (0, 1], got 1.5"),
+        ({"wikipedia": 1.0}, "unknown source 'wikipedia'; sources are wikitext, "),
+        ({}, "sum to 0"),
+    ],
+)
+def test_mixes_are_checked(mix: dict[str, float], message: str) -> None:
+    said = problem({"data": {"mix_pretrain": mix}})
+    assert said.startswith("data.mix_pretrain: ") and message in said
+
+
+def test_a_mix_may_be_off_by_rounding() -> None:
+    thirds = {"wikitext": 0.3333333, "roam": 0.3333333, "text": 0.3333333}
+    assert resolve_settings("pretrain", {"data": {"mix_pretrain": thirds}}).settings.data.mix_pretrain == thirds
+
+
+def test_all_sources_are_allowed() -> None:
+    for name, sources in (("mix_pretrain", PRETRAIN_SOURCES), ("mix_sft", SFT_SOURCES)):
+        mix = dict.fromkeys(sources, 1 / len(sources))
+        assert getattr(resolve_settings("sft", {"data": {name: mix}}).settings.data, name) == mix
+
+
+@pytest.mark.parametrize(
+    ("phase", "knobs", "message"),
+    [
+        ("pretrain", {"total_steps": 10}, "warmup_steps=340 is more than total_steps=10"),
+        ("pretrain", {"base_lr": 1e-5}, "min_lr=3e-05 is above base_lr=1e-05"),
+        ("sft", {"best_metric": "weighted"}, "need each other"),
+        ("sft", {"best_metric_weights": {"sft_val_loss": 1.0}}, "need each other"),
+        ("sft", {"best_metric": "weighted", "best_metric_weights": {}}, "need each other"),
+        ("pretrain", {"best_metric": "sft_val_loss"}, "pretraining measures no sft_val_loss"),
+    ],
+)
+def test_knobs_of_a_phase_must_agree(phase: str, knobs: dict[str, Any], message: str) -> None:
+    said = problem({"training": {phase: knobs}})
+    assert said.startswith(f"training.{phase}: ") and message in said
+
+
+def test_a_weighted_metric_resolves() -> None:
+    weights = {"sft_val_loss": 1.0, "pretrain_val_loss": 0.5}
+    knobs = {"best_metric": "weighted", "best_metric_weights": weights}
+    train_cfg = resolve_settings("sft", {"training": {"sft": knobs}}).train_cfg
+    assert (train_cfg.best_metric, train_cfg.best_metric_weights) == ("weighted", weights)
+
+
+# tokenizer and ids
+
+
+def test_special_tokens_cannot_be_overridden() -> None:
+    assert "cannot be overridden" in problem({"tokenizer": {"special_tokens": {"sys": "<s>"}}})
+    same = default_settings().tokenizer.special_tokens
+    assert resolve_settings("sft", {"tokenizer": {"special_tokens": same}}).settings.tokenizer.special_tokens == same
+
+
+def test_special_ids_must_fit_and_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "eot=6 does not fit model.V=6" in problem({"model": {"V": 6}})
+    assert resolve_settings("pretrain", {"model": {"V": 7}}).special_token_ids["eot"] == 6
+    assert "tokenizer.vocab_size=16000 is more than model.V=7" in capsys.readouterr().err
+    assert "must differ" in problem({"tokenizer": {"expected_special_token_ids": {"sys": 4}}})
+    assert "generation.stop_token_id=16000" in problem({"generation": {"stop_token_id": 16000}})
+    assert "generation.banned_token_ids.1=16000" in problem({"generation": {"banned_token_ids": [1, 16000]}})
+
+
+def test_stop_and_banned_ids() -> None:
+    resolved = resolve_settings("sft")
+    assert (resolved.stop_token_id, resolved.banned_token_ids) == (6, (3, 4, 5))
+    resolved = resolve_settings("sft", {"generation": {"stop_token_id": 0, "banned_token_ids": []}})
+    assert (resolved.stop_token_id, resolved.banned_token_ids) == (0, ())
+    resolved = resolve_settings("sft", {"sft_format": {"ban_role_tokens_during_generation": False}})
+    assert resolved.banned_token_ids == ()
+
+
+def test_byte_models_have_no_special_ids() -> None:
+    v1 = {"V": 256, "norm_type": "layernorm", "mlp_type": "gelu", "mlp_bias": True, "qk_norm": False}
+    resolved = resolve_settings("pretrain", {"tokenizer": {"type": "byte"}, "model": v1})
+    assert (resolved.special_token_ids, resolved.stop_token_id, resolved.banned_token_ids) == ({}, None, ())
+    assert (resolved.arch, resolved.tokenizer_sha256, resolved.tokenizer_meta) == (V1, None, {})
+    assert resolve_settings("pretrain").arch == NEW
+    assert "model.V=16000 must be 256" in problem({"tokenizer": {"type": "byte"}})
+
+
+def test_the_tokenizer_file_is_hashed_and_a_mismatch_names_both_hashes(tmp_path: Path) -> None:
+    model = tmp_path / "spm.model"
+    model.write_bytes(b"not a model, but hashed all the same")
+    found, other = files.sha256_file(model), "0" * 64
+    assert resolve_settings("sft", {"tokenizer": {"model_path": model}}).tokenizer_sha256 == found
+    said = problem({"tokenizer": {"model_path": str(model), "tokenizer_sha256": other}})
+    assert "tokenizer hash mismatch" in said and found in said and other in said
+    absent = {"tokenizer": {"model_path": str(tmp_path / "absent"), "tokenizer_sha256": other}}
+    assert resolve_settings("sft", absent).tokenizer_sha256 == other
+
+
+def test_the_tokenizer_file_is_looked_for_here_first_then_beside_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "PROJECT_ROOT", tmp_path / "project")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = resolve_settings("sft", {"tokenizer": {"model_path": "a/spm.model"}}).settings.tokenizer
+    assert tokenizer_file(tokenizer) is None
+    files.write_text(tmp_path / "project" / "a" / "spm.model", "shipped")
+    assert tokenizer_file(tokenizer) == tmp_path / "project" / "a" / "spm.model"
+    files.write_text(tmp_path / "a" / "spm.model", "own")
+    assert tokenizer_file(tokenizer) == Path("a/spm.model")
+
+
+# the record
+
+
+def test_the_record_is_written_where_runs_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "RUNS_DIR", tmp_path / "runs")
+    resolved = resolve_settings("pretrain", {"model": {"L": 2}}, write_resolved=True)
+    assert re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{8}", resolved.run_id)
+    assert resolved.resolved_path == tmp_path / "runs" / resolved.run_id / "resolved_settings.json"
+    assert files.read_json(resolved.resolved_path) == resolved.record()
+    assert resolve_settings("pretrain", resolved.resolved_path).settings == resolved.settings
+
+
+def test_nothing_is_written_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "RUNS_DIR", tmp_path / "runs")
+    assert resolve_settings("pretrain").resolved_path is None
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_id_cannot_leave_the_runs_folder() -> None:
+    for run_id in ("../x", "a/b", ".hidden", "a\n", "x" * 200):
+        with pytest.raises(ValueError, match="run_id"):
+            resolve_settings("pretrain", run_id=run_id)
+
+
+@needs_bundle
+@pytest.mark.parametrize("phase", ["pretrain", "sft"])
+def test_the_record_has_the_published_layout(phase: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = BUNDLE / "v2" / "train_run"
+    published = files.read_json(folder / phase / "latest.pt.resolved_settings.json")
+    overrides = files.read_json(folder / "overrides.json")
+    overrides["tokenizer"]["model_path"] = str(BUNDLE / "v2" / "tokenizer" / "spm.model")
+    ours = resolve_settings(phase, overrides).record()
+    assert set(ours) - set(published) == {"arch"} and not set(published) - set(ours)
+    for key in ("model_cfg", "train_cfg", "special_token_ids", "stop_token_id", "banned_token_ids", "phase"):
+        assert ours[key] == published[key]
+    for key in ("sha256", "special_tokens", "meta"):
+        assert ours["tokenizer"][key] == published["tokenizer"][key]
+    for phase_ in ("pretrain", "sft"):
+        common = published["settings"]["training"][phase_]
+        assert {k: ours["settings"]["training"][phase_][k] for k in common} == common
+
+
+# whatever it is given
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(min_value=-(10**400), max_value=10**400)
+    | st.floats()
+    | st.text()
+    | st.sampled_from([0, -1, 1e308, 10**4000, "\ud800", "\x00", "wiki", "auto", "weighted"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+SECTIONS = ("tokenizer", "data", "data.mix_pretrain", "model", "training", "training.sft", "generation", "benchmark")
+KNOWN = sorted([*leaf_paths(Settings), *SECTIONS, "train", "p_train", "cache_dir", "settings", "run_id", "_why"])
+
+
+def merged(parts: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in parts:
+        node = tree
+        *above, name = path.split(".")
+        for step in above:
+            below = node.setdefault(step, {})
+            node = below if isinstance(below, dict) else {}
+        node[name] = value
+    return tree
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(st.lists(st.tuples(st.sampled_from(KNOWN) | st.text(max_size=6), JSON), max_size=5).map(merged) | JSON)
+def test_any_overrides_resolve_or_raise_a_readable_value_error(overrides: Any) -> None:
+    try:
+        resolve_settings("pretrain", overrides if isinstance(overrides, dict) else {"model": overrides})
+    except ValueError as error:
+        assert not isinstance(error, UnicodeError)
+        for line in str(error).splitlines():
+            assert line.isprintable() and len(line) < 400 and "pydantic" not in line
+
+
+PLAUSIBLE = st.sampled_from(
+    [0, 1, 2, 3, 8, 64, 256, 0.0, 0.5, 1.0, True, False, None, "auto", "byte", "muon", "a/b", [1, 2], [0.5, 0.9]]
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.sampled_from(sorted(leaf_paths(Settings))), PLAUSIBLE), max_size=2).map(merged))
+def test_what_resolves_survives_its_record(overrides: dict[str, Any]) -> None:
+    try:
+        resolved = resolve_settings("sft", overrides)
+    except ValueError:
+        return
+    record = json.loads(json.dumps(resolved.record(), allow_nan=False))
+    assert record["overrides"] == overrides
+    assert resolve_settings("sft", record["settings"]).settings == resolved.settings
+
+
+@pytest.mark.parametrize("value", [10**5000, -(10**5000), float("nan"), "\ud800\n", {"\n": {}}, [[]]], ids=range(6))
+def test_no_knob_takes_nonsense(value: Any) -> None:
+    for path in leaf_paths(Settings):
+        lines = problem(nested(path, value)).splitlines()
+        assert all(line.startswith(path) and line.isprintable() for line in lines), lines
+
+
+def test_deep_nesting_is_refused_quickly(tmp_path: Path) -> None:
+    deep: Any = 1
+    for _ in range(50_000):
+        deep = {"model": deep}
+    started = time.process_time()
+    assert "model.model: unknown key" in problem(deep)
+    for path in ("model.T", "generation.banned_token_ids", "data.mix_sft"):
+        assert problem(nested(path, deep)).startswith(path)
+    path = tmp_path / "deep.json"
+    path.write_text('{"model":' * 100_000 + "1" + "}" * 100_000, encoding="utf-8")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        resolve_settings("pretrain", path)
+    assert time.process_time() - started < 30
+    while isinstance(deep, dict):  # taken apart level by level: freeing it at once would recurse
+        deep = deep.popitem()[1]

@@ -1,0 +1,342 @@
+"""Tokenizers: lossless, unforgeable, faithful to the published models; streaming; training."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from niels_gpt import files, tokenizer
+from niels_gpt.special_tokens import SPECIAL_TOKEN_IDS, SPECIAL_TOKENS
+from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, TextStream, load_tokenizer, train_tokenizer
+from tests.reference import BUNDLE, needs_bundle
+
+CONTROL = set(range(7))  # unk, bos, eos and the sentinels
+LITERALS = list(SPECIAL_TOKENS.values())
+SNAGS = [
+    *LITERALS,
+    *(text[:cut] for text in LITERALS for cut in (1, 2, 11, 20)),
+    *(text[cut:] for text in LITERALS for cut in (1, 2, 11, 20)),
+    *(text.replace("<", "\uff1c").replace(">", "\uff1e") for text in LITERALS),
+    *(text[:9] + "\u200b" + text[9:] for text in LITERALS),
+    *("\u2581", "\u2581\u2581", " \u2581", "\u2581 ", "<s>", "</s>", "<unk>", "<0x0A>", "<0xE2>", "<|sys|>"),
+    *("\n", "\r\n", "\r", "\n\n\n", " ", "   ", "\t", "\x00", "\x85", "\u2028", "\xa0", "\u3000", "\v", "\f"),
+    *("\ufeff", "\ufffd", "\ufffe", "\uffff", "\U0010ffff", "\ud7ff", "\ue000", "e\u0301", "\u0301", "\xad"),
+    *("\U0001f469\u200d\U0001f680", "\U0001f1e9\U0001f1ea", "\u2615\ufe0f", "\u4f60\u597d", "\ufb01", "\u0627\u0644"),
+    *("system: ", "\nuser: ", "assistant", " the", "hello", "I'm", "3.14", "2024"),
+]
+TEXTS = st.lists(
+    st.sampled_from(SNAGS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=12), max_size=8
+).map("".join)
+PUBLISHED = BUNDLE / "v2" / "tokenizer" / "spm.model"
+many = settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+some = settings(max_examples=400, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(scope="module")
+def published() -> SentencePieceTokenizer:
+    return load_tokenizer(PUBLISHED, SPECIAL_TOKEN_IDS)
+
+
+# no text is lost, no text is control
+
+
+@many
+@given(TEXTS)
+def test_new_tokenizers_are_lossless_and_text_is_never_control(tiny_tokenizer: SentencePieceTokenizer, text: str):
+    ids = tiny_tokenizer.encode(text)
+    assert tiny_tokenizer.decode(ids) == text
+    assert CONTROL.isdisjoint(ids)
+
+
+@some
+@given(TEXTS)
+def test_byte_tokenizer_is_utf8(text: str):
+    ids = ByteTokenizer().encode(text)
+    assert bytes(ids) == text.encode("utf-8")
+    assert ByteTokenizer().decode(ids) == text
+
+
+@needs_bundle
+@some
+@given(TEXTS)
+def test_no_text_is_control_in_published_tokenizers(published: SentencePieceTokenizer, text: str):
+    assert CONTROL.isdisjoint(published.encode(text))
+
+
+@needs_bundle
+@pytest.mark.parametrize("literal", LITERALS)
+def test_literals_survive_published_tokenizers_as_ordinary_text(published: SentencePieceTokenizer, literal: str):
+    assert published.decode(published.encode(f"x{literal}y {literal}")) == f"x{literal}y {literal}"
+    wide = literal.replace("<", "\uff1c").replace(">", "\uff1e")  # NFKC turns it into the literal
+    assert published.decode(published.encode(wide)) == literal
+
+
+@pytest.mark.parametrize("text", ["\n", " ", "\t", "\x00", "\u2581", "a", "\u00e9"])
+def test_single_characters_cost_what_they_should(tiny_tokenizer: SentencePieceTokenizer, text: str):
+    assert len(tiny_tokenizer.encode(text)) <= len(text.encode("utf-8"))
+
+
+@pytest.mark.parametrize("literal", LITERALS)
+def test_the_model_file_itself_cannot_be_injected(tiny_tokenizer: SentencePieceTokenizer, literal: str):
+    plain = sentencepiece.SentencePieceProcessor(model_proto=tiny_tokenizer.model_bytes)  # as other programs load it
+    assert CONTROL.isdisjoint(plain.encode(f"x{literal}y"))
+    assert plain.decode(plain.encode(f" x  {literal}\n")) == f" x  {literal}\n"
+
+
+def test_every_byte_has_its_piece(tiny_tokenizer: SentencePieceTokenizer):
+    assert [tiny_tokenizer.token_bytes(7 + byte) for byte in range(256)] == [bytes([byte]) for byte in range(256)]
+
+
+def test_half_a_surrogate_pair_is_read_as_the_replacement_character(tiny_tokenizer: SentencePieceTokenizer):
+    for tok in (tiny_tokenizer, ByteTokenizer()):
+        assert tok.decode(tok.encode("a\ud800b\udfff")) == "a\ufffdb\ufffd"
+
+
+@some
+@given(st.lists(TEXTS, max_size=4))
+def test_batches_equal_single_texts(tiny_tokenizer: SentencePieceTokenizer, texts: list[str]):
+    assert tiny_tokenizer.encode_batch(texts) == [tiny_tokenizer.encode(text) for text in texts]
+
+
+@needs_bundle
+def test_batches_of_published_tokenizers_hold_no_control(published: SentencePieceTokenizer):
+    texts = [f"hi {literal}" for literal in LITERALS]
+    assert published.encode_batch(texts) == [published.encode(text) for text in texts]
+
+
+# published vectors
+
+
+@needs_bundle
+def test_published_vectors(published: SentencePieceTokenizer):
+    for vector in json.loads((BUNDLE / "v2" / "tokenizer_vectors.json").read_text(encoding="utf-8")):
+        if CONTROL.isdisjoint(vector["ids"]):  # the others show text that became control
+            assert published.encode(vector["text"]) == vector["ids"], vector
+            assert published.decode(vector["ids"]) == vector["decoded"], vector
+        else:
+            assert published.decode(published.encode(vector["text"])) == vector["decoded"], vector
+
+
+@needs_bundle
+def test_published_info(published: SentencePieceTokenizer):
+    info = json.loads((BUNDLE / "v2" / "tokenizer_info.json").read_text(encoding="utf-8"))
+    assert published.vocab_size == info["vocab_size"]
+    assert published.special_token_ids() == info["special_token_ids"]
+    assert list(published.special_tokens.values()) == info["special_tokens"]
+    assert published.token_bytes(info["byte_piece_255"]) == b"\xff"
+    assert published.sha256 == files.sha256_file(PUBLISHED)
+
+
+@needs_bundle
+def test_byte_vectors():
+    for vector in json.loads((BUNDLE / "v1" / "tokenizer_vectors.json").read_text(encoding="utf-8")):
+        if "text" in vector:
+            assert ByteTokenizer().encode(vector["text"]) == vector["ids"]
+        assert ByteTokenizer().decode(vector["ids"]) == vector.get("decoded", vector.get("text"))
+
+
+# decoding and streaming
+
+
+def check_stream(tok: tokenizer.Tokenizer, ids: list[int]) -> None:
+    stream = TextStream(tok)
+    parts = [stream.push(i) for i in ids]
+    assert "".join(parts) + stream.flush() == tok.decode(ids)
+
+
+@some
+@given(st.data())
+def test_stream_equals_decode_for_any_ids(tiny_tokenizer: SentencePieceTokenizer, data: st.DataObject):
+    for tok in (tiny_tokenizer, ByteTokenizer()):
+        check_stream(tok, data.draw(st.lists(st.integers(0, tok.vocab_size - 1), max_size=12)))
+
+
+@needs_bundle
+@some
+@given(st.lists(st.integers(0, 511) | st.sampled_from([263, 39, 3]), max_size=12))
+def test_stream_equals_decode_for_published_tokenizers(published: SentencePieceTokenizer, ids: list[int]):
+    check_stream(published, ids)
+
+
+def test_stream_never_splits_a_character(tiny_tokenizer: SentencePieceTokenizer):
+    text = "a\U0001f680b\u2581\u4f60"
+    stream = TextStream(tiny_tokenizer)
+    parts = [stream.push(i) for i in tiny_tokenizer.encode(text)]
+    assert "".join(parts) == text
+    assert "\ufffd" not in "".join(parts)
+    assert stream.flush() == ""
+    assert stream.push(7 + 0xF0) == ""
+    assert stream.flush() == "\ufffd"
+
+
+@needs_bundle
+def test_published_tokenizers_drop_blanks_at_the_start_only(published: SentencePieceTokenizer):
+    blank, he = 263, 264
+    assert published.decode([blank, 5, blank, he, blank, he]) == "he he"
+
+
+def test_decode_takes_tensors_and_specials_vanish(tiny_tokenizer: SentencePieceTokenizer):
+    ids = tiny_tokenizer.encode_torch("hello there")
+    assert ids.dtype == torch.int64 and ids.ndim == 1
+    assert tiny_tokenizer.decode(ids) == "hello there"
+    assert tiny_tokenizer.decode([*range(7), *ids.tolist(), 6]) == "hello there"
+    assert [tiny_tokenizer.token_bytes(i) for i in range(7)] == [b""] * 7
+    assert tiny_tokenizer.encode_torch("").shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [[-1], [256], [1, 300], torch.zeros(1, 2), torch.zeros(2, 2, dtype=torch.long), "hi"])
+def test_decode_refuses_what_are_not_ids(bad: object):
+    with pytest.raises(ValueError, match="id"):
+        ByteTokenizer().decode(bad)  # type: ignore[arg-type]
+
+
+def test_decode_names_the_id_outside_the_vocabulary(tiny_tokenizer: SentencePieceTokenizer):
+    for bad in (-1, 512):
+        with pytest.raises(ValueError, match=f"token id {bad} is outside"):
+            tiny_tokenizer.decode([3, bad])
+        with pytest.raises(ValueError, match=f"token id {bad} is outside"):
+            tiny_tokenizer.token_bytes(bad)
+
+
+# loading
+
+
+def test_load_checks_expected_ids(tiny_tokenizer: SentencePieceTokenizer):
+    assert tiny_tokenizer.model_path is not None
+    load_tokenizer(tiny_tokenizer.model_path, SPECIAL_TOKEN_IDS)
+    with pytest.raises(ValueError, match="encode to exactly one piece id"):
+        load_tokenizer(tiny_tokenizer.model_path, {**SPECIAL_TOKEN_IDS, "eot": 9})
+    with pytest.raises(ValueError, match="encode to exactly one piece id"):
+        SentencePieceTokenizer(tiny_tokenizer.model_path, {**SPECIAL_TOKENS, "sys": "<|other|>"})
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x00" * 50, b"PK\x03\x04 a zip"])
+def test_load_refuses_other_files(tmp_path: Path, content: bytes):
+    path = tmp_path / "some.model"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"some\.model is not a SentencePiece model"):
+        load_tokenizer(path)
+
+
+def test_load_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer model .*nowhere\.model; train one"):
+        load_tokenizer(tmp_path / "nowhere.model")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="train one"):
+        tokenizer.encode("hi")
+
+
+def test_from_bytes_is_the_same_tokenizer(tiny_tokenizer: SentencePieceTokenizer):
+    copy = SentencePieceTokenizer.from_bytes(tiny_tokenizer.model_bytes)
+    assert copy.sha256 == tiny_tokenizer.sha256
+    assert copy.encode("the same") == tiny_tokenizer.encode("the same")
+    assert copy.eot_id == SPECIAL_TOKEN_IDS["eot"]
+
+
+def test_default_tokenizer_is_read_anew_when_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "spm.model"
+    monkeypatch.setattr(tokenizer, "DEFAULT_TOKENIZER_PATH", path)
+    for step, text in enumerate(["one way or another", "quite a different text"]):
+        train_tokenizer([text], tmp_path, vocab_size=280)
+        os.utime(path, ns=(step, step))
+        assert tokenizer.get_default_tokenizer().sha256 == files.sha256_file(path)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# training
+
+
+def test_training_is_deterministic_and_leaves_exactly_three_files(tmp_path: Path):
+    texts = ["one two three four\r\nfive six\n", "seven eight"]
+    for folder, batch in (("a", texts), ("b", [texts[0].replace("\r\n", "\n"), texts[1]])):
+        path = train_tokenizer(batch, tmp_path / folder, vocab_size=290, sources={"input_files": ["x.txt"]})
+        assert path == tmp_path / folder / "spm.model"
+    for name in ("spm.model", "spm.vocab", "tokenizer_meta.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert len(list((tmp_path / "a").iterdir())) == 3
+    assert len((tmp_path / "a" / "spm.vocab").read_text(encoding="utf-8").split("\n")) == 290 + 1
+    meta = files.read_json(tmp_path / "a" / "tokenizer_meta.json")
+    assert meta["special_tokens"] == SPECIAL_TOKEN_IDS
+    assert meta["tokenizer_sha256"] == files.sha256_file(path)
+    assert (meta["vocab_size"], meta["model_type"], meta["seed"]) == (290, "bpe", 42)
+    assert meta["input_files"] == ["x.txt"] and meta["sentencepiece_version"] and len(meta["inputs_sha256"]) == 64
+
+
+def test_other_text_has_another_hash(tmp_path: Path):
+    hashes = set()
+    for texts in (["one two three"], ["one two ", "three"], ["one two thre e"]):
+        train_tokenizer(texts, tmp_path, vocab_size=275)
+        hashes.add(files.read_json(tmp_path / "tokenizer_meta.json")["inputs_sha256"])
+    assert len(hashes) == 3
+
+
+def test_a_vocabulary_too_big_for_the_text_names_the_largest(tmp_path: Path):
+    text = "one two three four"
+    with pytest.raises(ValueError, match=r"vocab_size 5000 is too big.* at most (\d+) pieces") as caught:
+        train_tokenizer([text], tmp_path, vocab_size=5000)
+    assert list(tmp_path.iterdir()) == []
+    largest = int(str(caught.value).split("at most ")[1].split()[0])
+    assert load_tokenizer(train_tokenizer([text], tmp_path, vocab_size=largest)).vocab_size == largest
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "model_type", "problem"),
+    [
+        (["one two three"], 200, "bpe", "vocab_size 200 is too small"),
+        (["one two three"], 70_000, "bpe", "65535"),
+        (["one two three"], 300, "word", "unknown model_type 'word'"),
+        ([], 300, "bpe", "no text"),
+        (["", " \n"], 300, "bpe", "no text"),
+    ],
+)
+def test_training_refuses(tmp_path: Path, texts: list[str], vocab_size: int, model_type: str, problem: str):
+    with pytest.raises(ValueError, match=problem):
+        train_tokenizer(texts, tmp_path, vocab_size=vocab_size, model_type=model_type)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_keeps_the_old_tokenizer_when_the_text_source_fails(tmp_path: Path):
+    path = train_tokenizer(["one two three"], tmp_path, vocab_size=275)
+    before = path.read_bytes()
+
+    def texts():
+        yield "four five six"
+        raise OSError("the disk went away")
+
+    with pytest.raises(OSError, match="went away"):
+        train_tokenizer(texts(), tmp_path, vocab_size=275)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["oneword", "\u2581\u2581x y", "no\x00thing\there \ud800", "a\n\n\n   b\n"])
+def test_tokenizers_of_odd_texts_are_lossless(tmp_path: Path, text: str):
+    for model_type in tokenizer.MODEL_TYPES:
+        try:
+            path = train_tokenizer([text * 40], tmp_path, vocab_size=5000, model_type=model_type)
+        except ValueError as error:
+            largest = int(str(error).split("at most ")[1].split()[0])
+            path = train_tokenizer([text * 40], tmp_path, vocab_size=largest, model_type=model_type)
+        tok = load_tokenizer(path, SPECIAL_TOKEN_IDS)
+        for sample in (*SNAGS, "  two  blanks \n and \u2581 marks "):
+            assert tok.decode(tok.encode(sample)) == sample
+            assert CONTROL.isdisjoint(tok.encode(sample))
+
+
+def test_training_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    train_tokenizer(["one two three four"], tmp_path, vocab_size=280)
+    with pytest.raises(ValueError):
+        train_tokenizer(["one two three four"], tmp_path, vocab_size=8000)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_long_texts_are_not_skipped(tmp_path: Path):
+    long = "zebra " * 200_000
+    tok = load_tokenizer(train_tokenizer([long, "other words here"], tmp_path, vocab_size=280))
+    assert len(tok.encode(" zebra")) == 1
