@@ -57,7 +57,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = temporary_beside(path)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
+        with open(temporary, "rb+" if os.name == "nt" else "rb") as file:  # a link to a read-only file can be synced
             os.fsync(file.fileno())
         os.replace(temporary, path)
         fsync_folder(path.parent)

@@ -25,7 +25,7 @@ from niels_gpt import checkpoint as ckpt
 from niels_gpt import files, paths
 from niels_gpt.cache.pretrain import build_pretrain
 from niels_gpt.cache.sft import build_sft
-from niels_gpt.chat_cli import build_options, run_chat, system_prompt
+from niels_gpt.chat import build_options, run_chat, system_prompt
 from niels_gpt.data.registry import get_source
 from niels_gpt.device import get_device
 from niels_gpt.settings import Settings, load_overrides, validate_overrides
@@ -54,7 +54,8 @@ def make_plan(minutes: float, seed: int) -> Plan:
     overrides = load_overrides(paths.shipped(CONFIG))
     for phase, share in (("pretrain", 1 - SFT_SHARE), ("sft", SFT_SHARE)):
         overrides["training"][phase] |= {"minutes": minutes * share, "seed": seed}
-    overrides["data"]["chitchat"] = {**overrides["data"].get("chitchat", {}), "split_seed": seed}
+    for source, key in (("chitchat", "split_seed"), ("primer", "seed")):
+        overrides["data"][source] = {**overrides["data"].get(source, {}), key: seed}
     return Plan(overrides, validate_overrides(overrides), seed)
 
 

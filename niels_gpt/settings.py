@@ -166,6 +166,7 @@ class TextSettings(Section):
 class ChitchatSettings(Section):
     val_prompts: int = knob(4, "prompts whose dialogues are kept for validation", ge=0, le=MANY)
     split_seed: int = knob(42, "seed of the split", ge=0, le=MAX_INT64)
+    max_turns: int = knob(8, "longest chat, in turns; longer dialogues become several", ge=2, le=MANY)
 
 
 class PrimerSettings(Section):
@@ -338,7 +339,6 @@ class TrainingSettings(Section):
 
 
 class SftFormatSettings(Section):
-    assistant_only_loss: bool = knob(True, "learn assistant turns only; false = every token of a chat")
     include_eot_in_loss: bool = knob(True, "learn to end the turn")
     pack_sequences: bool = knob(True, "pack several chats into one row, each seeing only itself")
     ban_role_tokens_during_generation: bool = knob(True, "never sample the ids that open turns")

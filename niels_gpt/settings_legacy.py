@@ -23,6 +23,7 @@ WITHOUT_EFFECT = (
     "tokenizer.normalization",
     "tokenizer.byte_fallback",
     "data.caches.raw_cache_dir",
+    "sft_format.assistant_only_loss",  # labels are assistant turns only, always
     "data.chunking",
     "data.wikitext.chunking",
     "data.wikitext.streaming",

@@ -27,13 +27,12 @@ class Collision(TypedDict):
 
 
 def find_special_collision(text: str) -> Collision | None:
-    """The first sentinel literal in `text`: where it starts and an escaped snippet around it; None if there is none."""
+    """The first sentinel literal in `text`: where it starts, and an escaped snippet from there on; None if none."""
     match = _LITERAL.search(text)
     if match is None:
         return None
     start = match.start()
-    before = max(0, start - (_SNIPPET_CHARS - len(match[0])) // 2)
-    snippet = text[before : before + _SNIPPET_CHARS].encode("unicode_escape").decode("ascii")[:_SNIPPET_CHARS]
+    snippet = text[start : start + _SNIPPET_CHARS].encode("unicode_escape").decode("ascii")[:_SNIPPET_CHARS]
     return {
         "token": match[0],
         "char_offset": start,

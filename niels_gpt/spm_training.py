@@ -23,7 +23,7 @@ def train_model(texts: Iterable[str], vocab_size: int, model_type: str) -> bytes
     Raises:
         ValueError: the text cannot fill `vocab_size`, or needs a larger one; the message says which would do.
     """
-    chunks = (t[i : i + CHUNK_CHARS].replace(BLANK, " ") for t in texts for i in range(0, len(t), CHUNK_CHARS))
+    chunks = (t[i : i + CHUNK_CHARS] for t in texts for i in range(0, len(t), CHUNK_CHARS))
     writer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

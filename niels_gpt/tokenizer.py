@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import sentencepiece
 import torch
 
@@ -30,7 +31,7 @@ MAX_VOCAB_SIZE = 65535  # ids are cached as uint16
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-Ids = Sequence[int] | torch.Tensor
+Ids = Sequence[int] | torch.Tensor | np.ndarray
 Device = str | torch.device | None
 
 
@@ -266,8 +267,8 @@ def _valid_unicode(text: str) -> str:
 
 
 def _checked(ids: Ids, vocab_size: int) -> Sequence[int]:
-    if isinstance(ids, torch.Tensor):
-        if ids.ndim != 1 or ids.is_floating_point():
+    if not isinstance(ids, Sequence):
+        if ids.ndim != 1 or "int" not in str(ids.dtype):
             raise ValueError(f"ids must be a 1-D integer tensor, not {ids.dtype} of shape {tuple(ids.shape)}")
         ids = ids.tolist()
     if isinstance(ids, str | bytes):

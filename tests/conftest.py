@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no network, and a tiny tokenizer trained once per session."""
+"""What every test shares: one thread, no network, repeatable hypothesis runs, and a tiny tokenizer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first importe
 
 import pytest
 import torch
+from hypothesis import settings
 
 from niels_gpt.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 _PRIMER = Path(__file__).resolve().parents[1] / "data" / "primer.txt"
 

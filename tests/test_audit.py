@@ -87,6 +87,8 @@ def test_only_the_homes_are_exempt() -> None:
 # the other way: knobs that nothing reads
 
 GRAD_CLIP = next(knob for knob in audit.knobs() if knob.path == "training.sft.grad_clip")
+SEED = next(knob for knob in audit.knobs() if knob.path == "training.sft.seed")
+TYPE = next(knob for knob in audit.knobs() if knob.path == "tokenizer.type")
 ROAM_FRACTION = next(knob for knob in audit.knobs() if knob.path == "data.roam.val_frac")
 
 
@@ -99,7 +101,11 @@ ROAM_FRACTION = next(knob for knob in audit.knobs() if knob.path == "data.roam.v
         (GRAD_CLIP, "settings.training.sft.grad_clip()", False),
         (GRAD_CLIP, "train_cfg.grad_clip = 3", False),
         (GRAD_CLIP, "train_cfg; grad_clip", False),
-        (GRAD_CLIP, "other.grad_clip", False),
+        (GRAD_CLIP, "self.options.grad_clip", True),
+        (SEED, "job.train_cfg.seed", True),
+        (SEED, "job.seed", False),
+        (TYPE, "settings.tokenizer.type", True),
+        (TYPE, "error.type", False),
         (ROAM_FRACTION, "chosen = settings.data.roam; chosen.val_frac", True),
         (ROAM_FRACTION, "chosen = settings.data.text; chosen.val_frac", False),
         (ROAM_FRACTION, "settings.data.roam.model_dump()", True),
@@ -150,6 +156,23 @@ def test_the_program_reports_unread_knobs_at_their_line(tmp_path: Path, capsys: 
     number = int(line.split(":")[1])
     declared = (ROOT / "niels_gpt" / "settings.py").read_text(encoding="utf-8").splitlines()[number - 1]
     assert line.endswith("is read nowhere; use or remove it") and declared.strip().startswith("grad_clip")
+
+
+def test_awaited_names_exist() -> None:
+    known = {knob.path for knob in audit.knobs()} | {knob.path.rpartition(".")[0] for knob in audit.knobs()}
+    assert set(audit.AWAITED) <= known
+
+
+def test_a_dumped_section_is_read() -> None:
+    reader = {"niels_gpt/x.py": ast.parse("settings.benchmark.model_dump()")}
+    assert not audit.unread(reader, [knob for knob in audit.knobs() if knob.section == "benchmark"])
+
+
+def test_a_section_that_is_read_may_not_be_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = project(tmp_path, settings="", x="settings.benchmark.model_dump()")
+    monkeypatch.setattr(audit, "AWAITED", ("benchmark", "data.oasst1"))
+    said = [str(found) for found in audit.audit(root)[0] if "AWAITED" in found.message]
+    assert said == ["niels_gpt/audit.py:1: AWAITED names benchmark, but all of it is read; remove it there"]
 
 
 def test_the_program_counts_files_when_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ ATTACKS = [
 ]
 CONTENT = st.lists(st.sampled_from(ATTACKS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=8), max_size=3)
 MESSAGES = st.lists(st.builds(Message, st.sampled_from(ROLES), CONTENT.map("".join)), min_size=1, max_size=5)
-some = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+some = settings(max_examples=300)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def vectors(name: str) -> list[dict]:
 
 
 @needs_bundle
-def test_published_chat_forms(published: SentencePieceTokenizer):
+def test_published_chat_forms(published: SentencePieceTokenizer) -> None:
     for vector in vectors("chat_formats.json"):
         messages = vector["messages"]
         assert format_chat(messages) == vector["text_format_chat"]
@@ -69,13 +69,13 @@ def test_published_chat_forms(published: SentencePieceTokenizer):
 
 
 @needs_bundle
-def test_published_labels(published: SentencePieceTokenizer):
+def test_published_labels(published: SentencePieceTokenizer) -> None:
     for vector in vectors("sft_rendered.json"):
         assert render(published, vector["messages"]) == (vector["input_ids"], vector["labels"])
 
 
 @needs_bundle
-def test_published_replies():
+def test_published_replies() -> None:
     for vector in vectors("extract_reply.json"):
         assert extract_assistant_reply(vector["text"]) == vector["reply"]
 
@@ -87,7 +87,7 @@ def test_published_replies():
 @given(MESSAGES, CONTENT.map("".join))
 def test_the_prompt_is_the_beginning_of_what_is_trained(
     tiny_tokenizer: SentencePieceTokenizer, messages: list[Message], reply: str
-):
+) -> None:
     ids, labels = render(tiny_tokenizer, [*messages, Message("assistant", reply)])
     prompt = TokenChat(tiny_tokenizer).encode_prompt(messages, context=10**6, max_new_tokens=10)
     written = [*tiny_tokenizer.encode(reply), EOT]
@@ -99,7 +99,7 @@ def test_the_prompt_is_the_beginning_of_what_is_trained(
 
 @some
 @given(MESSAGES)
-def test_labels_are_what_assistants_wrote(tiny_tokenizer: SentencePieceTokenizer, messages: list[Message]):
+def test_labels_are_what_assistants_wrote(tiny_tokenizer: SentencePieceTokenizer, messages: list[Message]) -> None:
     ids, labels = render(tiny_tokenizer, messages)
     expected: list[int] = []
     for message in messages:
@@ -110,7 +110,7 @@ def test_labels_are_what_assistants_wrote(tiny_tokenizer: SentencePieceTokenizer
     assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
 
 
-def test_an_empty_reply_still_ends(tiny_tokenizer: SentencePieceTokenizer):
+def test_an_empty_reply_still_ends(tiny_tokenizer: SentencePieceTokenizer) -> None:
     assert render(tiny_tokenizer, [Message("user", ""), Message("assistant", "")]) == (
         [USR, EOT, ASST, EOT],
         [-100, -100, -100, EOT],
@@ -126,7 +126,7 @@ def roles_in(ids: list[int]) -> list[int]:
 
 @some
 @given(MESSAGES)
-def test_control_ids_are_exactly_the_template(tiny_tokenizer: SentencePieceTokenizer, messages: list[Message]):
+def test_control_ids_are_exactly_the_template(tiny_tokenizer: SentencePieceTokenizer, messages: list[Message]) -> None:
     template = [i for message in messages for i in (START[message.role], EOT)]
     assert roles_in(format_prompt_ids(tiny_tokenizer, messages)) == [*template, ASST]
     assert roles_in(TokenChat(tiny_tokenizer).encode_prompt(messages, context=10**6, max_new_tokens=9).ids) == [
@@ -140,14 +140,14 @@ def test_control_ids_are_exactly_the_template(tiny_tokenizer: SentencePieceToken
 @pytest.mark.parametrize("role", ROLES)
 def test_control_ids_are_exactly_the_template_of_published_models(
     published: SentencePieceTokenizer, role: str, attack: str
-):
+) -> None:
     ids = format_prompt_ids(published, [Message("user", "hi"), Message(role, attack)])
     assert roles_in(ids) == [USR, EOT, START[role], EOT, ASST]
 
 
 @some
 @given(MESSAGES)
-def test_lines_with_a_role_are_exactly_the_messages_in_text_form(messages: list[Message]):
+def test_lines_with_a_role_are_exactly_the_messages_in_text_form(messages: list[Message]) -> None:
     messages = [*messages, Message("user", "hi")]
     prompt = TextChat(ByteTokenizer()).encode_prompt(messages, context=10**6, max_new_tokens=9)
     lines = bytes(prompt.ids).decode("utf-8").split("\n")
@@ -155,7 +155,7 @@ def test_lines_with_a_role_are_exactly_the_messages_in_text_form(messages: list[
     assert found == [*(message.role for message in messages), "assistant"]
 
 
-def test_ordinary_text_form_is_the_published_one():
+def test_ordinary_text_form_is_the_published_one() -> None:
     messages = [Message("system", "a: b\nusers: c"), Message("user", "user: two\n\nlines"), Message("assistant", "ok")]
     prompt = TextChat(ByteTokenizer()).encode_prompt(messages, context=512, max_new_tokens=9)
     assert bytes(prompt.ids).decode("utf-8") == format_chat(messages)
@@ -164,20 +164,20 @@ def test_ordinary_text_form_is_the_published_one():
 # what chat and server read
 
 
-def test_token_chat_stops_and_bans(tiny_tokenizer: SentencePieceTokenizer):
+def test_token_chat_stops_and_bans(tiny_tokenizer: SentencePieceTokenizer) -> None:
     chat = chat_format_for(tiny_tokenizer)
     assert isinstance(chat, TokenChat)
     assert (chat.stop_ids, chat.banned_ids, chat.text_stops) == (frozenset({EOT}), (SYS, USR, ASST), ())
 
 
-def test_text_chat_stops_and_bans():
+def test_text_chat_stops_and_bans() -> None:
     chat = chat_format_for(ByteTokenizer())
     assert isinstance(chat, TextChat)
     assert (chat.stop_ids, chat.banned_ids) == (frozenset(), ())
     assert chat.text_stops == ("\nuser: ", "\nsystem: ", "\nassistant: ")
 
 
-def test_byte_tokenizers_have_no_token_form():
+def test_byte_tokenizers_have_no_token_form() -> None:
     with pytest.raises(ValueError, match="no sentinels"):
         render(ByteTokenizer(), [Message("user", "hi")])
 
@@ -194,7 +194,9 @@ def conversation(turns: int) -> list[Message]:
 
 @pytest.mark.parametrize("tokenizer_name", ["subword", "byte"])
 @pytest.mark.parametrize("max_new_tokens", [1, 40, 10_000])
-def test_oldest_pairs_go_first(tiny_tokenizer: SentencePieceTokenizer, tokenizer_name: str, max_new_tokens: int):
+def test_oldest_pairs_go_first(
+    tiny_tokenizer: SentencePieceTokenizer, tokenizer_name: str, max_new_tokens: int
+) -> None:
     tok = tiny_tokenizer if tokenizer_name == "subword" else ByteTokenizer()
     chat: ChatFormat = chat_format_for(tok)
     messages = conversation(6)
@@ -214,7 +216,7 @@ def test_oldest_pairs_go_first(tiny_tokenizer: SentencePieceTokenizer, tokenizer
     assert dropped_before == 0
 
 
-def test_the_last_turn_may_use_the_room_of_the_reply(tiny_tokenizer: SentencePieceTokenizer):
+def test_the_last_turn_may_use_the_room_of_the_reply(tiny_tokenizer: SentencePieceTokenizer) -> None:
     chat = TokenChat(tiny_tokenizer)
     messages = [Message("user", "old"), Message("assistant", "older"), Message("user", "word " * 20)]
     length = len(format_prompt_ids(tiny_tokenizer, messages[2:]))
@@ -224,7 +226,7 @@ def test_the_last_turn_may_use_the_room_of_the_reply(tiny_tokenizer: SentencePie
         chat.encode_prompt(messages, context=length, max_new_tokens=256)
 
 
-def test_system_messages_in_the_middle_stay(tiny_tokenizer: SentencePieceTokenizer):
+def test_system_messages_in_the_middle_stay(tiny_tokenizer: SentencePieceTokenizer) -> None:
     messages = [
         Message("assistant", "welcome " * 9),
         Message("user", "one " * 9),
@@ -236,7 +238,7 @@ def test_system_messages_in_the_middle_stay(tiny_tokenizer: SentencePieceTokeniz
     assert prompt.ids == format_prompt_ids(tiny_tokenizer, messages[2:])
 
 
-def test_nothing_to_answer(tiny_tokenizer: SentencePieceTokenizer):
+def test_nothing_to_answer(tiny_tokenizer: SentencePieceTokenizer) -> None:
     with pytest.raises(ValueError, match="no message to answer"):
         TokenChat(tiny_tokenizer).encode_prompt([], context=64, max_new_tokens=8)
 
@@ -245,7 +247,7 @@ def test_nothing_to_answer(tiny_tokenizer: SentencePieceTokenizer):
 
 
 @pytest.mark.parametrize("bad", [{"role": "tool", "content": "x"}, {"content": "x"}, {"role": "user"}, {}])
-def test_bad_messages_are_refused(tiny_tokenizer: SentencePieceTokenizer, bad: dict[str, str]):
+def test_bad_messages_are_refused(tiny_tokenizer: SentencePieceTokenizer, bad: dict[str, str]) -> None:
     for form in (format_chat, lambda messages: render(tiny_tokenizer, messages)):
         with pytest.raises(ValueError, match=r"unknown role|needs the keys"):
             form([{"role": "user", "content": "hi"}, bad])
@@ -260,21 +262,21 @@ def test_bad_messages_are_refused(tiny_tokenizer: SentencePieceTokenizer, bad: d
         ("user: a\nassistant: two\nlines\nand user: inside", "two\nlines\nand user: inside"),
     ],
 )
-def test_extract_assistant_reply(text: str, reply: str):
+def test_extract_assistant_reply(text: str, reply: str) -> None:
     assert extract_assistant_reply(text) == reply
 
 
-def test_extract_assistant_reply_says_when_all_are_empty(capsys: pytest.CaptureFixture[str]):
+def test_extract_assistant_reply_says_when_all_are_empty(capsys: pytest.CaptureFixture[str]) -> None:
     assert extract_assistant_reply("user: a\nassistant: \n") == ""
     assert capsys.readouterr().out == "(no reply)\n"
 
 
-def test_extract_assistant_reply_needs_one():
+def test_extract_assistant_reply_needs_one() -> None:
     with pytest.raises(ValueError, match="assistant: "):
         extract_assistant_reply("user: hello assistant: not at the start of a line")
 
 
-def test_extract_reply_ids_without_sentinel_or_end(tiny_tokenizer: SentencePieceTokenizer):
+def test_extract_reply_ids_without_sentinel_or_end(tiny_tokenizer: SentencePieceTokenizer) -> None:
     assert extract_reply_ids(tiny_tokenizer, [USR, 9, EOT]) == []
     assert extract_reply_ids(tiny_tokenizer, [ASST, 9, EOT, ASST, 8, 9]) == [8, 9]
     assert extract_reply_ids(tiny_tokenizer, [ASST, EOT, 9]) == []

@@ -82,7 +82,8 @@ def test_every_knob_has_a_line_of_help() -> None:
 
 def test_defaults_cannot_be_poisoned_through_a_resolved_run() -> None:
     resolve_settings("pretrain").settings.data.mix_pretrain["wikitext"] = 9.0
-    resolve_settings("pretrain").settings.tokenizer.special_tokens["sys"] = "x"
+    for overrides in ({}, {"tokenizer": {"special_tokens": default_settings().tokenizer.special_tokens}}):
+        resolve_settings("pretrain", overrides).settings.tokenizer.special_tokens["sys"] = "x"
     assert default_settings().data.mix_pretrain["wikitext"] == 0.2
     assert default_settings().tokenizer.special_tokens["sys"] != "x"
 
@@ -435,10 +436,10 @@ def test_deep_nesting_is_refused_quickly(tmp_path: Path) -> None:
     assert "model.model: unknown key" in problem(deep)
     for path in ("model.T", "generation.banned_token_ids", "data.mix_sft"):
         assert problem(nested(path, deep)).startswith(path)
-    path = tmp_path / "deep.json"
-    path.write_text('{"model":' * 100_000 + "1" + "}" * 100_000, encoding="utf-8")
+    file = tmp_path / "deep.json"
+    file.write_text('{"model":' * 100_000 + "1" + "}" * 100_000, encoding="utf-8")
     with pytest.raises(ValueError, match="not valid JSON"):
-        resolve_settings("pretrain", path)
+        resolve_settings("pretrain", file)
     assert time.process_time() - started < 30
     while isinstance(deep, dict):  # taken apart level by level: freeing it at once would recurse
         deep = deep.popitem()[1]

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from niels_gpt.cache.folder import sweep_folder
 from niels_gpt.cache.integrity import open_folder
 from niels_gpt.data.registry import is_optional
 from niels_gpt.files import sha256_bytes
@@ -27,7 +28,11 @@ def fingerprint(description: Mapping[str, Any], **options: Any) -> str:
 
 
 def up_to_date(folder: Path, wanted: str, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """meta.json with `reused` added, if the cache at `folder` is whole and is what a build would make; else None."""
+    """meta.json with `reused` added, if the cache at `folder` is whole and is what a build would make; else None.
+
+    A build that was killed is cleaned up after in any case.
+    """
+    sweep_folder(folder)
     try:
         _, meta, _ = open_folder(folder.parent, folder.name)
     except (FileNotFoundError, ValueError):

@@ -66,7 +66,6 @@ class HasState(Protocol):
 
 def training_record(resolved: ResolvedSettings) -> dict[str, Any]:
     """The `train_cfg` of a checkpoint: the 27 keys, the phase's settings under `_raw`, and where they came from."""
-    raw = getattr(resolved.settings.training, resolved.phase).model_dump(mode="json")
     meta = {
         "run_id": resolved.run_id,
         "resolved_settings_path": None if resolved.resolved_path is None else str(resolved.resolved_path),
@@ -74,7 +73,7 @@ def training_record(resolved: ResolvedSettings) -> dict[str, Any]:
         "tokenizer_sha256": resolved.tokenizer_sha256,
         "phase": resolved.phase,
     }
-    return {**to_dict(resolved.train_cfg), "_raw": raw, "_settings_meta": meta}
+    return {**to_dict(resolved.train_cfg), "_raw": resolved.training.model_dump(mode="json"), "_settings_meta": meta}
 
 
 def save_checkpoint(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from niels_gpt.checkpoint.format import Checkpoint, load_checkpoint
 from niels_gpt.checkpoint.weights import architecture_of, build_model
 from niels_gpt.config import V1
 from niels_gpt.model.gpt import GPT
-from niels_gpt.settings import Settings
+from niels_gpt.settings import Settings, tokenizer_file, validate_overrides
+from niels_gpt.settings_legacy import translate
 from niels_gpt.tokenizer import (
     DEFAULT_TOKENIZER_PATH,
     ByteTokenizer,
@@ -57,20 +57,20 @@ def load_model(
     path = Path(path)
     checkpoint = load_checkpoint(path, device=device)
     model = build_model(checkpoint).eval()
-    recorded = list(_recorded_settings(checkpoint, path))
+    settings = _recorded_settings(checkpoint, path)
     tokenizer: Tokenizer
     if is_byte_model(checkpoint):
         if tokenizer_path is not None:
             raise ValueError(f"{path} is a byte model: it has no tokenizer file, leave {tokenizer_path} out")
         tokenizer = ByteTokenizer()
     else:
-        tokenizer = _subword_tokenizer(checkpoint, path, recorded, tokenizer_path, ignore_tokenizer_hash)
+        tokenizer = _subword_tokenizer(checkpoint, path, settings, tokenizer_path, ignore_tokenizer_hash)
     _check_vocabulary(tokenizer, model.cfg.V)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         chat_format=chat_format_for(tokenizer),
-        settings=_parse(recorded),
+        settings=settings,
         checkpoint_path=path,
         step=checkpoint["step"],
     )
@@ -92,22 +92,15 @@ def _settings_meta(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return meta if isinstance(meta, dict) else None
 
 
-def _recorded_settings(checkpoint: Checkpoint, path: Path) -> Iterator[dict[str, Any]]:
-    """Settings trees, surest first: those inside the file cannot belong to other weights, a sidecar could."""
-    inside = (checkpoint["resume"] or {}).get("settings")
-    if isinstance(inside, dict):
-        yield inside
-    if sidecar_path(path).is_file():
-        beside = files.read_json(sidecar_path(path))
-        if isinstance(beside, dict) and isinstance(beside.get("settings"), dict):
-            yield beside["settings"]
-
-
-def _parse(recorded: list[dict[str, Any]]) -> Settings | None:
-    for tree in recorded:
+def _recorded_settings(checkpoint: Checkpoint, path: Path) -> Settings | None:
+    """Those inside the file, which cannot belong to other weights, else the sidecar's; None if neither can be read."""
+    inside, beside = (checkpoint["resume"] or {}).get("settings"), sidecar_path(path)
+    for read in (lambda: inside, lambda: files.read_json(beside) if beside.is_file() else None):
         try:
-            return Settings.model_validate(tree)
-        except ValueError:  # pydantic's own error is one: an older or newer schema
+            record = read()
+            if isinstance(record, dict):
+                return validate_overrides(translate(record)[0])
+        except ValueError:  # another schema or a damaged sidecar: weights and tokenizer do not depend on it
             continue
     return None
 
@@ -115,7 +108,7 @@ def _parse(recorded: list[dict[str, Any]]) -> Settings | None:
 def _subword_tokenizer(
     checkpoint: Checkpoint,
     path: Path,
-    recorded: list[dict[str, Any]],
+    settings: Settings | None,
     tokenizer_path: str | Path | None,
     ignore_hash: bool,
 ) -> SentencePieceTokenizer:
@@ -125,9 +118,10 @@ def _subword_tokenizer(
     if expected is None and content is not None:
         expected = files.sha256_bytes(content)
     if tokenizer_path is None and content is not None:
-        tokenizer, where = SentencePieceTokenizer.from_bytes(content), f"the one inside {path}"
+        inside = f"the tokenizer inside {path}"
+        tokenizer, where = SentencePieceTokenizer.from_bytes(content, name=inside), inside
     else:
-        file = Path(tokenizer_path) if tokenizer_path is not None else _named_tokenizer(recorded)
+        file = Path(tokenizer_path) if tokenizer_path is not None else _named_tokenizer(settings)
         if not file.is_file():
             sha = f" (sha256 {expected})" if expected else ""
             raise FileNotFoundError(f"{path} needs its tokenizer{sha}, not found at {file}; name it with --tokenizer")
@@ -142,14 +136,10 @@ def _subword_tokenizer(
     return tokenizer
 
 
-def _named_tokenizer(recorded: list[dict[str, Any]]) -> Path:
-    """The tokenizer file that the recorded settings name and that is here, else the default."""
-    for tree in recorded:
-        section = tree.get("tokenizer")
-        name = section.get("model_path") if isinstance(section, dict) else None
-        if isinstance(name, str) and Path(name).is_file():
-            return Path(name)
-    return Path(DEFAULT_TOKENIZER_PATH)
+def _named_tokenizer(settings: Settings | None) -> Path:
+    """The tokenizer file that the run's settings name, if it is here, else the default."""
+    named = tokenizer_file(settings.tokenizer) if settings is not None else None
+    return named or Path(DEFAULT_TOKENIZER_PATH)
 
 
 def _check_vocabulary(tokenizer: Tokenizer, V: int) -> None:

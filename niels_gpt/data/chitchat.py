@@ -33,15 +33,18 @@ def documents(settings: Settings, split: str) -> Iterator[Document]:
 def chats(settings: Settings, split: str) -> Iterator[Chat]:
     """Dialogues of at least four turns in which two people strictly alternate, as user and assistant.
 
-    Who speaks first is the user. A last turn of the user, which nobody answered, is left out.
+    Who speaks first is the user. A long dialogue becomes several chats of at most `data.chitchat.max_turns` turns, so
+    that each fits a model's context from its first turn. A last turn of the user, which nobody answered, is left out.
     """
+    most = settings.data.chitchat.max_turns // 2 * 2
     for turns in _dialogues(settings, split):
         senders = [sender for sender, _ in turns]
         alternate = senders[0] != senders[1] and all(sender == senders[i % 2] for i, sender in enumerate(senders))
         if alternate and len(turns) >= MIN_CHAT_TURNS:
             answered = turns[: len(turns) // 2 * 2]
-            roles = ("user", "assistant")
-            yield Chat(tuple(Message(roles[i % 2], text) for i, (_, text) in enumerate(answered)), NAME)
+            for first in range(0, len(answered), most):
+                part = enumerate(text for _, text in answered[first : first + most])
+                yield Chat(tuple(Message(("user", "assistant")[i % 2], text) for i, text in part), NAME)
 
 
 def describe(settings: Settings, phase: str) -> dict[str, Any]:
@@ -52,6 +55,7 @@ def describe(settings: Settings, phase: str) -> dict[str, Any]:
         "dataset_name": "chitchat-dataset",
         "dataset_version": importlib.metadata.version("chitchat-dataset"),
         "split_rule": f"by prompt, {chosen.val_prompts} prompts are val, seed={chosen.split_seed}",
+        **({"max_turns": chosen.max_turns} if phase == "sft" else {}),
         "files": {path.name: sha256_file(path)},
     }
 

@@ -39,7 +39,8 @@ def run(*argv: str) -> int:
 
 def test_build_makes_what_a_source_has_and_keeps_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("build", "primer", "text") == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err == ""  # no progress line where nobody watches
     assert [line.split(":")[0] for line in out.splitlines()] == ["✓ pretrain/primer", "✓ sft/primer", "✓ pretrain/text"]
     assert "documents" in out and "tokens (train + val)" in out
     made = {path.relative_to(here).as_posix() for path in here.glob("data/cache/*/*/meta.json")}

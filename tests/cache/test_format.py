@@ -185,6 +185,19 @@ def test_a_map_is_never_made_of_a_short_file(root: Path, monkeypatch: pytest.Mon
         open_pretrain(root, "notes", "train", tokenizer_sha256=SHA, vocab_size=512)
 
 
+def test_a_marker_does_not_vouch_for_a_short_file(root: Path) -> None:
+    age(root)
+    open_both(root)
+    shard = root / "notes" / "train" / "shard_00000.bin"
+    os.truncate(shard, 64)
+    marker = root / "notes" / ".verified"
+    known = json.loads(marker.read_text())
+    known["train/shard_00000.bin"] = [64, shard.stat().st_mtime_ns]
+    marker.write_text(json.dumps(known))
+    with pytest.raises(ValueError, match=r"shard_00000\.bin is damaged: 64 bytes"):
+        open_both(root)
+
+
 def age(root: Path) -> None:
     for path in data_files(root):
         os.utime(path, ns=(10**18, 10**18))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +107,29 @@ def test_a_cache_is_built_again_only_when_something_changed(
     assert build(settings, tiny_tokenizer, "text")["reused"]
     assert "reused" not in build(settings, ByteTokenizer(), "text")
     build(settings, tiny_tokenizer, "text")
+    other = copy.copy(tiny_tokenizer)
+    other.sha256 = "0" * 64
+    assert "reused" not in build(settings, other, "text")
+    build(settings, tiny_tokenizer, "text")
     shard = folder / "train" / "shard_00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     assert "reused" not in build(settings, tiny_tokenizer, "text")
     assert build(settings, tiny_tokenizer, "text")["reused"]
+
+
+@pytest.mark.parametrize("killed", ["between the renames", "while deleting"])
+def test_a_killed_build_of_the_same_cache_is_cleaned_up_after(
+    tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, killed: str
+) -> None:
+    settings = settings_for(tmp_path)
+    build(settings, tiny_tokenizer, "primer")
+    root = tmp_path / "cache" / "pretrain"
+    new, old = (root / f".primer.{2**22 + 1}.0123abcd.{kind}" for kind in ("new", "old"))
+    shutil.copytree(root / "primer", old)
+    if killed == "between the renames":
+        (root / "primer").rename(new)
+    assert build(settings, tiny_tokenizer, "primer")["reused"]
+    assert [path.name for path in root.iterdir()] == ["primer"]
 
 
 @pytest.mark.parametrize("literal", SPECIAL_TOKENS.values())

@@ -1,4 +1,4 @@
-"""kill -9 at random moments of a checkpoint writer, as a program: `python -m tests.checkpoint.killing ours 60 SEED DIR`.
+"""kill -9 at random moments of a checkpoint writer: `python -m tests.checkpoint.killing ours|naive KILLS SEED DIR`.
 
 A child is forked from a warmed-up process, saves step after step and reports each durable one over a pipe; the parent
 kills it and looks at what is on disk. Every number of a checkpoint is its step, so half of one and half of another

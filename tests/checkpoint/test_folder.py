@@ -159,7 +159,7 @@ def test_best_is_the_last_resort_and_all_damaged_is_an_error(capsys):
         damage(bad)
     assert newest_good("pretrain") == phase_paths("pretrain").best
     damage(phase_paths("pretrain").best)
-    with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         newest_good("pretrain")
 
 

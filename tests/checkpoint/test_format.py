@@ -176,7 +176,7 @@ def test_missing_files_and_folders(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PK", b"hello", b"version https://git-lfs.github.com/spec/v1\n"])
 def test_files_that_are_no_checkpoints(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="not a checkpoint|damaged"):
+    with pytest.raises(ValueError, match=r"not a checkpoint|damaged"):
         load_checkpoint(tmp_path / "a.pt", device="cpu")
 
 
@@ -241,7 +241,7 @@ def test_cut_files_are_refused(tmp_path):
     for length in [0, 1, len(intact) - 1, *(draw.randrange(len(intact)) for _ in range(37))]:
         path.write_bytes(intact[:length])
         assert not is_good(path)
-        with pytest.raises(ValueError, match="damaged|not a checkpoint"):
+        with pytest.raises(ValueError, match=r"damaged|not a checkpoint"):
             load_checkpoint(path, device="cpu")
 
 

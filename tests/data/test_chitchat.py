@@ -65,6 +65,17 @@ def test_chats_alternate_from_user_to_assistant(dataset: Any) -> None:
     assert len(list(chitchat.documents(chosen(), "train"))) == 6
 
 
+def test_a_long_dialogue_becomes_several_chats(dataset: Any) -> None:
+    dataset(dialogue(*[group("ab"[i % 2], f"turn {i}") for i in range(11)]))
+    chats = list(chitchat.chats(chosen(max_turns=5), "train"))
+    assert [[m.content for m in chat.messages] for chat in chats] == [
+        ["turn 0", "turn 1", "turn 2", "turn 3"],
+        ["turn 4", "turn 5", "turn 6", "turn 7"],
+        ["turn 8", "turn 9"],
+    ]
+    assert all(chat.messages[0].role == "user" and chat.messages[-1].role == "assistant" for chat in chats)
+
+
 def test_no_dialogue_of_a_validation_prompt_is_in_train(dataset: Any) -> None:
     turns = [group("a", "x"), group("b", "y")]
     dataset(
@@ -105,7 +116,7 @@ def test_the_package_itself() -> None:
         counts[split] = len(chats)
         for chat in chats:
             roles = [m.role for m in chat.messages]
-            assert len(roles) >= 4 and roles == ["user", "assistant"] * (len(roles) // 2)
+            assert 2 <= len(roles) <= 8 and roles == ["user", "assistant"] * (len(roles) // 2)
             assert all(m.content and m.content == " ".join(m.content.split()) for m in chat.messages)
     assert counts == {"train": 2854, "val": 382}
     about = chitchat.describe(settings, "pretrain")

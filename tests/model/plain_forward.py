@@ -13,10 +13,9 @@ EPS = 1e-5
 
 def norm(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
     weight, bias = state[f"{name}.weight"], state.get(f"{name}.bias")
-    if bias is None:
-        return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight + bias
+    centred = x if bias is None else x - x.mean(-1, keepdim=True)
+    scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight
+    return scaled if bias is None else scaled + bias
 
 
 def linear(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
@@ -25,17 +24,19 @@ def linear(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
 
 def turn(x: Tensor, theta: float) -> Tensor:
     """Rotate pair (2j, 2j+1) of position t by t * theta^(-2j/D), number by number."""
-    D, turned = x.shape[-1], torch.empty_like(x)
+    turned = torch.empty_like(x)
     for t in range(x.shape[-2]):
-        for j in range(D // 2):
-            angle = t * theta ** (-2 * j / D)
+        for j in range(x.shape[-1] // 2):
+            angle = t * theta ** (-2 * j / x.shape[-1])
             even, odd = x[..., t, 2 * j], x[..., t, 2 * j + 1]
             turned[..., t, 2 * j] = even * math.cos(angle) - odd * math.sin(angle)
             turned[..., t, 2 * j + 1] = even * math.sin(angle) + odd * math.cos(angle)
     return turned
 
 
-def plain_forward(state: dict[str, Tensor], ids: Tensor, *, L: int, H: int, theta: float) -> tuple[Tensor, list[Tensor]]:
+def plain_forward(
+    state: dict[str, Tensor], ids: Tensor, *, L: int, H: int, theta: float
+) -> tuple[Tensor, list[Tensor]]:
     """Logits (B, T, V) and each layer's attention (B, H, T, T), from a state dict of any generation."""
     h, maps = state["tok_emb.weight"][ids], []
     B, T, C = h.shape
@@ -54,6 +55,6 @@ def plain_forward(state: dict[str, Tensor], ids: Tensor, *, L: int, H: int, thet
             a = linear(u, state, f"{mlp}.fc1")
             h = h + linear(a * 0.5 * (1 + torch.erf(a / math.sqrt(2))), state, f"{mlp}.fc2")
         else:
-            g = linear(u, state, f"{mlp}.fc_g")
-            h = h + linear(g * torch.sigmoid(g) * linear(u, state, f"{mlp}.fc_a"), state, f"{mlp}.fc_out")
+            g, a = linear(u, state, f"{mlp}.fc_g"), linear(u, state, f"{mlp}.fc_a")
+            h = h + linear(g * torch.sigmoid(g) * a, state, f"{mlp}.fc_out")
     return norm(h, state, "ln_f") @ state["tok_emb.weight"].T, maps

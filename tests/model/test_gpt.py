@@ -46,9 +46,7 @@ def test_published_logits(generation):
 def test_published_logits_at_full_context_and_in_double():
     model, vector = published("v2")
     torch.testing.assert_close(model(vector("input_1x64")), vector("logits_1x64"), atol=1e-4, rtol=0)
-    torch.testing.assert_close(
-        model(vector("input_2x40")).double(), vector("logits_2x40_float64"), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(model(vector("input_2x40")).double(), vector("logits_2x40_float64"), atol=1e-4, rtol=0)
 
 
 @needs_bundle

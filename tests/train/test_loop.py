@@ -1,0 +1,221 @@
+"""The loop's promises, in process: what a step is, what is skipped, saved, refused and reported."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from niels_gpt import checkpoint as ckpt
+from niels_gpt.batching import Batch
+from niels_gpt.checkpoint import format as checkpoint_format
+from niels_gpt.model.loss import IGNORED
+from niels_gpt.tokenizer import SentencePieceTokenizer
+from niels_gpt.train.loop import Interrupted, Loop, train
+from niels_gpt.train.pretrain import pretrain_job, run_pretrain
+from niels_gpt.train.report import Reporter
+from niels_gpt.train.run import main
+from niels_gpt.train.sft import run_sft, sft_job
+from niels_gpt.train.start import start_phase
+from tests.train import workshop
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    """Overrides for a built world; the test runs inside its folder."""
+    workshop.build_caches(tmp_path, tiny_tokenizer)
+    monkeypatch.chdir(tmp_path)
+    return workshop.overrides(tmp_path, tiny_tokenizer)
+
+
+def make_loop(config: dict[str, Any], phase: str = "pretrain") -> Loop:
+    start = start_phase(phase, config, device="cpu", resume_path=None, no_auto_resume=True)
+    job = pretrain_job(start) if phase == "pretrain" else sft_job(start)
+    return Loop(job, device="cpu", reporter=Reporter(phase, start.resolved.run_id, quiet=True), resume=None, init=None)
+
+
+def weights(loop: Loop) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in loop.model.state_dict().items()}
+
+
+def test_both_phases_train_and_return_what_they_promise(world: dict[str, Any], capsys: Any) -> None:
+    pretrained = run_pretrain(world, device="cpu")
+    tuned = run_sft(world, device="cpu", init_model_path=pretrained["best_path"])
+    out = capsys.readouterr().out
+    assert "pretrain: device=cpu, amp=false, activation_checkpointing=False, micro_B=4, accum_steps=2" in out
+    assert "[pretrain] step 1/12 | lr 0.000000 | train_loss 6." in out
+    assert "[pretrain] val_primer_loss " in out and "new best checkpoint at step" in out
+    assert f"sft init from {pretrained['best_path']}" in out and "| val_pretrain n/a | val_sft n/a" in out
+    assert pretrained["final_step"] == tuned["final_step"] == 12
+    assert pretrained["last_val_loss"] < 6.2 and tuned["last_val_sft_loss"] < pretrained["last_val_loss"]
+    for name in ("latest.pt", "best.pt"):
+        assert Path("checkpoints", name).read_bytes() == Path("checkpoints/sft", name).read_bytes()
+        assert Path("checkpoints", f"{name}.resolved_settings.json").is_file()
+    loaded = ckpt.load_model("checkpoints/best.pt", device="cpu")  # by itself: it carries its tokenizer
+    assert loaded.tokenizer.vocab_size == workshop.V and loaded.settings is not None
+
+
+def test_two_fresh_runs_are_identical_and_a_seed_matters(world: dict[str, Any]) -> None:
+    first = workshop.weights_sha(run_pretrain(world, device="cpu")["latest_path"])
+    assert workshop.weights_sha(run_pretrain(world, device="cpu", no_auto_resume=True)["latest_path"]) == first
+    world["training"]["pretrain"]["seed"] = 43
+    assert workshop.weights_sha(run_pretrain(world, device="cpu", no_auto_resume=True)["latest_path"]) != first
+
+
+def test_accumulation_is_one_large_batch(world: dict[str, Any]) -> None:
+    """Two microbatches of 4 rows give the gradient of their 8 rows together, per token, not per microbatch."""
+    world["model"]["dropout"] = 0.0
+    loop = make_loop(world, "sft")  # rows with different numbers of supervised tokens
+    parts = [loop.job.next_batch(0, m) for m in range(2)]
+    whole = Batch(*(torch.cat([getattr(b, name) for b in parts]) for name in ("x", "y", "segment")))
+    counts = [int((b.y != IGNORED).sum()) for b in parts]
+    assert counts[0] != counts[1]
+    expected = loop.model(whole.x, whole.y, segment=whole.segment).item() / sum(counts)
+    assert loop.train_step(0).loss == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_leaves_no_trace(world: dict[str, Any], poison: float) -> None:
+    loop = make_loop(world)
+    assert loop.train_step(0).applied
+    before = weights(loop)
+    state = json.dumps(loop.optimizer.state_dict(), default=lambda t: t.tolist())
+    victim = loop.model.blocks[0].mlp.fc_a.weight
+    hook = victim.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), poison))
+    assert not loop.train_step(1).applied
+    hook.remove()
+    assert all(torch.equal(value, before[name]) for name, value in loop.model.state_dict().items())
+    assert json.dumps(loop.optimizer.state_dict(), default=lambda t: t.tolist()) == state
+    assert loop.train_step(2).applied
+
+
+def test_it_gives_up_after_several_bad_steps_in_a_row(world: dict[str, Any]) -> None:
+    loop = make_loop(world)
+    loop.model.blocks[0].mlp.fc_a.weight.register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(ValueError, match=r"5 steps in a row were not finite; lower training\.pretrain\.base_lr"):
+        loop.run()
+
+
+def test_a_loss_that_is_not_finite_never_becomes_the_best(world: dict[str, Any]) -> None:
+    loop = make_loop(world)
+    loop.job.evals.clear()  # type: ignore[attr-defined]
+    assert loop.evaluate() is False and loop.state.best_val_loss is None
+
+
+def test_ids_beyond_the_vocabulary_are_named(world: dict[str, Any]) -> None:
+    loop = make_loop(world)
+    bad = Batch(torch.full((1, 4), workshop.V), torch.zeros(1, 4, dtype=torch.int64))
+    object.__setattr__(loop.job, "next_batch", lambda step, microbatch: bad)
+    with pytest.raises(ValueError, match=r"token id 512, the model knows 0\.\.511"):
+        loop.train_step(0)
+
+
+def test_a_signal_saves_at_the_next_step_and_says_how_to_go_on(world: dict[str, Any]) -> None:
+    start = start_phase("pretrain", world, device="cpu", resume_path=None, no_auto_resume=True)
+    job = pretrain_job(start)
+    draw = job.next_batch
+
+    def interrupting(step: int, microbatch: int) -> Batch:
+        if (step, microbatch) == (2, 0):
+            signal.raise_signal(signal.SIGTERM)
+        return draw(step, microbatch)
+
+    object.__setattr__(job, "next_batch", interrupting)
+    with pytest.raises(Interrupted, match="Run the same command again") as stopped:
+        train(job, device="cpu", reporter=Reporter("pretrain", "r", quiet=True))
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert ckpt.load_checkpoint("checkpoints/pretrain/latest.pt", device="cpu")["step"] == 3
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_full_disk_is_a_warning_on_the_way_and_an_error_at_the_end(
+    world: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    class Usage:
+        free = 10
+
+    monkeypatch.setattr(checkpoint_format.shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(OSError, match="the disk is full"):
+        run_pretrain(world, device="cpu")
+    err = capsys.readouterr().err
+    assert "step 4: not saved" in err and "trying again at the next save" in err
+    assert not list(Path("checkpoints").rglob("*.pt"))
+
+
+def test_a_time_budget_ends_on_time_with_the_schedule_finished(
+    world: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that jumps 3 seconds a step, and later 9, a minute is over after a minute."""
+    from niels_gpt.train import budget as budget_module
+
+    world["training"]["pretrain"] |= {"minutes": 1.0, "lr_shape": "linear", "min_lr": 0.0}
+    now = [0.0]
+    monkeypatch.setattr(budget_module.time, "perf_counter", lambda: now[0])
+    loop = make_loop(world)
+    rates = []
+    step = loop.train_step
+
+    def slow(n: int) -> Any:
+        rates.append(loop.budget.learning_rate(n))
+        now[0] += 3.0 if n < 8 else 9.0
+        return step(n)
+
+    loop.train_step = slow  # type: ignore[method-assign]
+    loop.run()
+    assert 60 <= now[0] <= 69  # the step that is running when time is up is the last
+    assert max(rates) > 0.009 and rates[-1] <= 0.2 * max(rates)
+    assert loop.budget.learning_rate(loop.state.step) == 0.0
+
+
+def test_usage_errors(world: dict[str, Any], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(["--phase", "pretrain"])
+    assert leave.value.code == 2
+    capsys.readouterr()
+    Path("c.json").write_text(json.dumps({"training": {"pretrain": {"base_ler": 1}}}))
+    assert main(["--phase", "pretrain", "--config", "c.json"]) == 1
+    err = capsys.readouterr().err
+    assert "base_ler" in err and "base_lr" in err and "Traceback" not in err
+    assert main(["--phase", "pretrain", "--config", "nowhere.json"]) == 1
+    assert main(["--phase", "pretrain", "--config", "c.json", "--device", "tpu"]) == 1
+    assert "cpu, mps, cuda" in capsys.readouterr().err
+
+
+def test_print_config_is_json_alone_and_writes_nothing(world: dict[str, Any], capsys: Any) -> None:
+    Path("c.json").write_text(json.dumps(world))
+    Path("p.json").write_text(json.dumps({"pretrain_config_path": "c.json", "sft_config_path": "c.json"}))
+    assert main(["--phase", "pretrain", "--config", "c.json", "--print_config"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["C"] == 32
+    assert main(["--phase", "pipeline", "--config", "p.json", "--print_config"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"pretrain", "sft"}
+    assert not Path("runs").exists()
+
+
+def test_auto_resume_looks_at_its_own_phase_only(world: dict[str, Any], capsys: Any) -> None:
+    run_pretrain(world, device="cpu")
+    Path("checkpoints/pretrain").rename("elsewhere")  # the root's latest.pt stays
+    run_pretrain(world, device="cpu")
+    assert "resumed from" not in capsys.readouterr().out
+    run_pretrain(world, device="cpu", resume_path="elsewhere/latest.pt")
+    assert "resumed from elsewhere/latest.pt" in capsys.readouterr().out
+    world["model"]["C"] = 16
+    with pytest.raises(ValueError, match=r"C \(checkpoint 32, settings 16\)"):
+        run_pretrain(world, device="cpu", resume_path="elsewhere/latest.pt")
+
+
+def test_a_damaged_latest_falls_back_loudly(world: dict[str, Any], capsys: Any) -> None:
+    run_pretrain(world, device="cpu")
+    latest = Path("checkpoints/pretrain/latest.pt")
+    content = bytearray(latest.read_bytes())
+    content[len(content) // 2] ^= 1
+    latest.unlink()
+    latest.write_bytes(content)
+    run_pretrain(world, device="cpu")
+    seen = capsys.readouterr()
+    assert "DAMAGED; going back to step_0000012.pt" in seen.err
+    assert "resumed from checkpoints/pretrain/step_0000012.pt" in seen.out
