@@ -123,13 +123,14 @@ class Conversation:
         stop = StopText(self._loaded.chat_format.text_stops)
 
         def pieces() -> Iterator[str]:
+            ended = False
             for step in steps:
                 self.reply_tokens += 1
                 yield stop.push(step.text)
-                if stop.found or step.token_id in self._stop_ids:
+                ended = stop.found or step.token_id in self._stop_ids
+                if stop.found:
                     break
-            else:
-                self.reply_was_cut = room < wanted
+            self.reply_was_cut = room < wanted and not ended
             yield stop.flush()
 
         try:

@@ -36,7 +36,7 @@ from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.sft import run_sft
 
 CONFIG = "configs/quickstart.json"
-SFT_SHARE = 0.2  # of the training budget; tuned in docs/log.md
+SFT_SHARE = 0.3  # of the training budget; tuned in docs/log.md
 SMALLEST_BUDGET = 0.05  # minutes
 
 

@@ -202,6 +202,7 @@ class DataSettings(Section):
     mix_pretrain: Mix = knob(MIX_PRETRAIN, f"share of each source ({', '.join(PRETRAIN_SOURCES)}); sums to 1")
     mix_sft: Mix = knob(MIX_SFT, f"share of each source ({', '.join(SFT_SOURCES)}); sums to 1")
     val_pretrain_source: PretrainSource = knob("wikitext", "source whose validation loss is pretrain_val_loss")
+    replay_pretrain: float = knob(0.0, "share of fine-tuning rows drawn from mix_pretrain", ge=0, lt=1)
     val_sft_source: Literal["sft", "wikitext"] = knob("sft", "validate fine-tuning on its own chats, or on wikitext")
     allow_missing_idx: bool = knob(False, "treat a fine-tuning cache without its index as one long example")
     streams: StreamSettings = section(StreamSettings, "byte streams")

@@ -23,11 +23,13 @@ def train_model(texts: Iterable[str], vocab_size: int, model_type: str) -> bytes
     Raises:
         ValueError: the text cannot fill `vocab_size`, or needs a larger one; the message says which would do.
     """
-    chunks = (t[i : i + CHUNK_CHARS] for t in texts for i in range(0, len(t), CHUNK_CHARS))
+    chunks = [t[i : i + CHUNK_CHARS] for t in texts for i in range(0, len(t), CHUNK_CHARS)]
+    if not any(" " in chunk for chunk in chunks):  # SentencePiece 0.2.2 aborts where a required character has no count
+        chunks += [f"{chunk[0]} {chunk[0]}" for chunk in chunks[:1]]
     writer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=chunks,
+            sentence_iterator=iter(chunks),
             model_writer=writer,
             model_type=model_type,
             vocab_size=vocab_size,

@@ -7,21 +7,27 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from niels_gpt import chat as chat_module
 from niels_gpt import chat_cli, paths
-from niels_gpt.chat import Conversation, answer_once, build_options, run_chat, system_prompt
+from niels_gpt.chat import Conversation, _stripped, answer_once, build_options, run_chat, system_prompt
 from niels_gpt.chat_format import format_chat, render
 from niels_gpt.checkpoint import LoadedModel, load_model, save_checkpoint
 from niels_gpt.config import NEW, V1, Architecture, ModelConfig
 from niels_gpt.data.types import Message
+from niels_gpt.generate import Step
 from niels_gpt.model.gpt import GPT
 from niels_gpt.model.loss import IGNORED
+from niels_gpt.settings import Settings
 from niels_gpt.special_tokens import SPECIAL_TOKENS
 from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer
 
@@ -269,6 +275,39 @@ class TestConversation:
         conversation.reset()
         assert list(conversation.reply("say nothing")) == [] and conversation.messages == []
 
+    @pytest.mark.parametrize(
+        ("overrides", "stops", "bans"),
+        [
+            (None, {"eot"}, {"sys", "usr", "asst"}),
+            ({"sft_format": {"ban_role_tokens_during_generation": False}}, {"sys", "usr", "asst", "eot"}, set()),
+            ({"generation": {"stop_token_id": 5, "banned_token_ids": [6]}}, {"asst"}, {"eot"}),
+        ],
+    )
+    def test_what_ends_a_reply_and_what_is_never_sampled(
+        self,
+        overrides: dict[str, object] | None,
+        stops: set[str],
+        bans: set[str],
+        loaded: LoadedModel,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        ids = loaded.tokenizer.special_token_ids()
+        passed: dict[str, Any] = {}
+
+        def spy(*_: object, **options: object) -> Iterator[Step]:
+            passed.update(options)
+            return iter(())
+
+        monkeypatch.setattr(chat_module, "stream_steps", spy)
+        loaded = replace(loaded, settings=None if overrides is None else Settings.model_validate(overrides))
+        assert list(Conversation(loaded, build_options(loaded.settings, "")).reply("hi")) == []
+        assert passed["stop_ids"] == {ids[name] for name in stops}
+        assert set(passed["banned_ids"]) == {ids[name] for name in bans}
+
+    @given(st.lists(st.text(alphabet=" \n\tab", max_size=4), max_size=8))
+    def test_blanks_around_a_reply_are_not_shown(self, pieces: list[str]) -> None:
+        assert "".join(_stripped(iter(pieces))) == "".join(pieces).strip()
+
     def test_an_interrupted_reply_is_remembered_as_far_as_it_went(self, loaded: LoadedModel) -> None:
         conversation = Conversation(loaded, build_options(None, "", temperature=0))
         reply = conversation.reply("hi")
@@ -322,7 +361,7 @@ class TestProcess:
 
     @staticmethod
     def environment() -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(paths.PROJECT_ROOT), "PYTHONUTF8": "1"}
+        return {**os.environ, "PYTHONPATH": str(paths.PROJECT_ROOT), "PYTHONIOENCODING": "utf-8"}
 
     def test_piped_lines_get_replies(self, checkpoint: Path, tmp_path: Path) -> None:
         done = subprocess.run(

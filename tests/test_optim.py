@@ -67,14 +67,16 @@ def test_fused_parts_equal_separate_matrices():
 def test_a_step_is_momentum_nesterov_orthogonal_and_scaled_by_shape():
     tall, wide = parameter(32, 8), parameter(8, 32)
     for p in (tall, wide):
-        start, gradient = p.detach().clone(), p.grad.clone()
+        expected, buffer = p.detach().clone(), torch.zeros(p.shape)
         optimizer = muon([p], lr=0.5, momentum=0.8, weight_decay=0.01)
-        optimizer.step()
-        buffer = 0.2 * gradient
-        update = 0.2 * gradient + 0.8 * buffer
-        size = 0.5 * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
-        expected = start * (1 - 0.5 * 0.01) - size * orthogonalize(update[None])[0]
-        torch.testing.assert_close(p.detach(), expected)
+        for step in range(3):
+            p.grad = normal(*p.shape, seed=10 + step)
+            optimizer.step()
+            buffer = 0.8 * buffer + 0.2 * p.grad
+            update = 0.8 * buffer + 0.2 * p.grad
+            size = 0.5 * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+            expected = expected * (1 - 0.5 * 0.01) - size * orthogonalize(update[None])[0]
+            torch.testing.assert_close(p.detach(), expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(optimizer.state[p]["momentum"], buffer)
 
 

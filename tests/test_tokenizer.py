@@ -355,6 +355,8 @@ def test_long_texts_are_not_skipped(tmp_path: Path) -> None:
 
 
 def test_digits_stay_apart_and_indentation_does_not(tmp_path: Path) -> None:
-    tok = load_tokenizer(train_tokenizer(["if x:\n    y = 2024 + 2024\n", "hello world"] * 50, tmp_path, vocab_size=290))
+    tok = load_tokenizer(
+        train_tokenizer(["if x:\n    y = 2024 + 2024\n", "hello world"] * 50, tmp_path, vocab_size=290)
+    )
     assert len(tok.encode("2024")) == 4
     assert len(tok.encode("    ")) <= 2

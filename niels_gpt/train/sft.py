@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from niels_gpt.batching import Batch, TokenStream
+from niels_gpt.batching import Batch, TokenStream, get_batch
 from niels_gpt.cache.format import SftExamples, open_pretrain
+from niels_gpt.cache.pretrain import open_mix as open_text_mix
 from niels_gpt.cache.sft import open_mix, pack_batch, padded_batch
 from niels_gpt.model.loss import IGNORED
 from niels_gpt.rng import generator_for
@@ -76,11 +77,19 @@ def sft_job(start: Start) -> Job:
         evals["sft"] = _chat_eval(val_sources, val_mix, start, T)
     elif "pretrain" in evals:
         evals["sft"] = evals["pretrain"]
-    draw = _drawer(start, T)
+    draw, replay = _drawer(start, T), _replayer(start, T)
+
+    def next_batch(step: int, microbatch: int) -> Batch:
+        generator = generator_for(options.seed, "data", step, microbatch)
+        text = replay(generator)
+        rows = options.micro_B - (0 if text is None else len(text.x))
+        chat = draw(sources, mix, rows, generator)
+        return chat if text is None else join_rows(chat, text)
+
     return Job(
         phase=PHASE,
         resolved=start.resolved,
-        next_batch=lambda step, mb: draw(sources, mix, options.micro_B, generator_for(options.seed, "data", step, mb)),
+        next_batch=next_batch,
         evals=evals,
         metric=lambda found: weighted_metric(
             options, {"pretrain_val_loss": found.get("pretrain"), "sft_val_loss": found.get("sft")}
@@ -107,6 +116,22 @@ def _drawer(start: Start, T: int) -> Draw:
         return batch
 
     return draw
+
+
+def _replayer(start: Start, T: int) -> Callable[[torch.Generator], Batch | None]:
+    """Draws the rows of plain text that keep a model from forgetting what it read; None where none are asked for."""
+    settings = start.settings
+    rows = min(round(start.options.micro_B * settings.data.replay_pretrain), start.options.micro_B - 1)
+    if not rows:
+        return lambda generator: None
+    streams, mix = open_text_mix(settings, start.tokenizer, "train", T)
+    return lambda generator: Batch(*get_batch(streams, mix, rows, T, "cpu", generator))
+
+
+def join_rows(chat: Batch, text: Batch) -> Batch:
+    """Rows of chats and of text in one batch; a row of text is one segment."""
+    segment = None if chat.segment is None else torch.cat([chat.segment, torch.zeros_like(text.x)])
+    return Batch(torch.cat([chat.x, text.x]), torch.cat([chat.y, text.y]), segment)
 
 
 def _chat_eval(sources: Sources, mix: dict[str, float], start: Start, T: int) -> Callable[[], Iterable[Batch]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from niels_gpt import paths
 from niels_gpt.checkpoint import load_checkpoint, newest_good, phase_paths, publish, step_path
@@ -220,6 +221,24 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(checkpoints, 
     assert not list(checkpoints.iterdir())
 
 
+def test_what_was_written_is_read_back_before_it_counts(checkpoints, monkeypatch):
+    """Memory or a disk that changes a bit on the way is noticed while the previous file is still there."""
+    path = checkpoints / "a.pt"
+    save(path, step=1)
+    before, real = path.read_bytes(), torch.save
+
+    def save_with_a_flip(content, file):
+        real(content, file)
+        file.seek(file.tell() // 2)
+        file.write(b"\xa5")
+
+    monkeypatch.setattr(torch, "save", save_with_a_flip)
+    with pytest.raises(ValueError, match="damaged"):
+        save(path, step=2)
+    assert path.read_bytes() == before
+    assert list(checkpoints.iterdir()) == [path]
+
+
 def test_what_torch_hides_behind_its_own_error_is_the_error(checkpoints, monkeypatch):
     """torch.save turns a failed write into RuntimeError("unexpected pos"), whatever the write failed of."""
     path = checkpoints / "a.pt"
@@ -238,7 +257,9 @@ def test_what_torch_hides_behind_its_own_error_is_the_error(checkpoints, monkeyp
             self.file.close()
 
         def write(self, content):
-            raise OSError(errno.EIO, "I/O error")
+            if len(content) > 1000:
+                raise OSError(errno.EIO, "I/O error")
+            return self.file.write(content)
 
     real = builtins.open
     monkeypatch.setattr(

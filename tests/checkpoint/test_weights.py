@@ -60,8 +60,9 @@ def test_unknown_keys_of_model_cfg_are_ignored():
 
 
 def test_building_leaves_the_random_state_alone_and_trains():
+    given = checkpoint()
     before = torch.get_rng_state()
-    model = build_model(checkpoint())
+    model = build_model(given)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training and model.lm_head.weight is model.tok_emb.weight
 
