@@ -23,7 +23,7 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalize(G: Tensor, *, dtype: torch.dtype = torch.float32, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
-    """Approximate U V^T of each matrix G = U S V^T in a batch (N, rows, cols); singular values end in about [0.7, 1.2]."""
+    """Approximate U V^T of each G = U S V^T in a batch (N, rows, cols); singular values end in about [0.7, 1.2]."""
     a, b, c = NEWTON_SCHULZ
     X = G.to(dtype)
     tall = X.shape[-2] > X.shape[-1]

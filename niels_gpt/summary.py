@@ -1,4 +1,4 @@
-"""What a finished quickstart shows: size, speed, bits per byte beside baselines, primer recall, samples, next commands."""
+"""What a finished quickstart shows: size, speed, bits per byte beside baselines, recall, samples, next commands."""
 
 from __future__ import annotations
 
@@ -85,9 +85,8 @@ def source_scores(loaded: LoadedModel, settings: Settings) -> dict[str, SourceSc
     for name, stream in streams.items():
         documents = get_source(name).documents
         assert documents is not None, f"{name} is in mix_pretrain, so it has text"
-        unigram = byte_unigram_bits(
-            (d.text.encode() for d in documents(settings, "train")), (d.text.encode() for d in documents(settings, "val"))
-        )
+        texts = {split: (d.text.encode() for d in documents(settings, split)) for split in ("train", "val")}
+        unigram = byte_unigram_bits(texts["train"], texts["val"])
         before, after = (
             bits_per_byte(model, stream, loaded.tokenizer, B=32, device=device, precision=precision)
             for model in (base, loaded.model)

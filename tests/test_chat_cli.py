@@ -118,6 +118,13 @@ class TestInteractive:
                 monkeypatch, capsys, "hi\n", *flags, "--no-kv-cache"
             )
 
+    def test_the_seed_decides_what_is_sampled(
+        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        flags = ("--ckpt", str(checkpoint), "--temperature", "9", "--max-new-tokens", "20", "--seed")
+        one, again, other = (chat(monkeypatch, capsys, "hi\n", *flags, seed) for seed in ("1", "1", "2"))
+        assert one == again != other
+
     def test_the_end_of_input_leaves(
         self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -12,8 +12,16 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
     0: ("paths", "files", "rng", "device", "special_tokens", "config"),
     1: ("settings", "settings_errors", "settings_legacy", "data.types"),
     2: (
-        ("tokenizer", "spm_training", "batching", "lr_schedule", "optim", "model", "data")
-        + ("cache.format", "cache.folder", "cache.integrity")
+        "tokenizer",
+        "spm_training",
+        "batching",
+        "lr_schedule",
+        "optim",
+        "model",
+        "data",
+        "cache.format",
+        "cache.folder",
+        "cache.integrity",
     ),
     3: ("chat_format", "streams", "cache", "checkpoint", "infer"),
     4: ("eval", "generate", "chat", "recall", "summary"),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from niels_gpt.model.gpt import LayerCache, Trace
 
 NORM_EPS = 1e-5
+SHORT = 256  # positions
 
 
 class RMSNorm(nn.Module):
@@ -74,7 +75,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(k, v)
         if mask is None and start and T > 1:
             mask = _causal_mask(T, k.shape[2], x.device)
-        if trace is None:
+        if trace is None and not _explicit_is_faster(q, k):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=self._kernel_dropout(x), is_causal=mask is None and T > 1
             )
@@ -86,14 +87,22 @@ class CausalSelfAttention(nn.Module):
         # On CPUs any dropout inside attention leaves the flash kernel: 2.8x slower (docs/log.md), so it is left out.
         return self.dropout if self.training and x.device.type == "cuda" else 0.0
 
-    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, trace: Trace) -> Tensor:
-        """The same attention with its probabilities in sight: records them before any dropout."""
+    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, trace: Trace | None) -> Tensor:
+        """The same attention with its probabilities in sight; a trace gets them in float32, before any dropout."""
         if mask is None:
             mask = _causal_mask(q.shape[2], k.shape[2], q.device)
-        scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(self.D)
-        probs = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)  # (B, H, T, T_total)
+        scores = (q * self.D**-0.5) @ k.transpose(-2, -1)
+        scores = scores.masked_fill(~mask, -math.inf)
+        if trace is None:
+            return scores.softmax(dim=-1) @ v
+        probs = scores.float().softmax(dim=-1)  # (B, H, T, T_total)
         trace.record(probs)
         return probs.to(v.dtype) @ v
+
+
+def _explicit_is_faster(q: Tensor, k: Tensor) -> bool:
+    """Short bf16 rows on a CPU: matrix products and a softmax beat the fused kernel (docs/log.md)."""
+    return q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.shape[2] > 1 and k.shape[2] <= SHORT
 
 
 def _causal_mask(T: int, T_total: int, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.batching import Batch
-from niels_gpt.device import Precision, choose_precision, memory_in_use, synchronize
+from niels_gpt.device import choose_precision, memory_in_use, synchronize
 from niels_gpt.eval import EvalResult, evaluate
 from niels_gpt.files import is_disk_full
 from niels_gpt.model.gpt import GPT
@@ -134,7 +134,7 @@ class Loop:
         }
 
     def run(self) -> TrainResult:
-        """Train to the end of the budget. Raises Interrupted after a signal, ValueError/OSError for what cannot go on."""
+        """Train to the end of the budget. Raises Interrupted after a signal, ValueError/OSError if it cannot go on."""
         self.reporter.start(self)
         with catching_signals() as stop:
             while not self.budget.done(self.state.step):
@@ -290,7 +290,8 @@ class Loop:
         except OSError as error:
             if final or not is_disk_full(error):
                 raise
-            self.reporter.warn(f"step {state.step}: not saved: {error.strerror or error}; trying again at the next save")
+            reason = error.strerror or error
+            self.reporter.warn(f"step {state.step}: not saved: {reason}; trying again at the next save")
             return
         self._saved_step = state.step
 
@@ -310,7 +311,9 @@ class Loop:
         }
 
 
-def train(job: Job, *, device: str, reporter: Reporter, resume: Path | None = None, init: Path | None = None) -> TrainResult:
+def train(
+    job: Job, *, device: str, reporter: Reporter, resume: Path | None = None, init: Path | None = None
+) -> TrainResult:
     """Run one phase: fresh, from another model's weights (`init`), or on from its own checkpoint (`resume`)."""
     ckpt.prepare_phase(job.phase)
     return Loop(job, device=device, reporter=reporter, resume=resume, init=init).run()

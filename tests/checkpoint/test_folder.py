@@ -38,7 +38,9 @@ def write(step: int, phase: str = "pretrain", **options) -> Path:
 def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
+    written = path.stat().st_mtime_ns
     files.write_bytes(path, content)  # a new file: hard links of it stay sound
+    os.utime(path, ns=(written, written))
 
 
 def steps(phase: str = "pretrain") -> list[int]:
@@ -105,7 +107,7 @@ def test_damaged_files_do_not_count_for_retention():
     write(4, keep_last=2)
     assert steps() == [1, 2, 3, 4]  # 4 and 1 are the two sound ones
     write(5, keep_last=2)
-    assert steps() == [2, 3, 4, 5] or steps() == [4, 5]
+    assert steps() == [4, 5]
     assert newest_good("pretrain") == phase_paths("pretrain").latest
 
 

@@ -73,7 +73,7 @@ def heldout() -> list[dict]:
 
 class TestShippedPrimer:
     def test_has_many_distinct_dialogues(self, dialogues: list) -> None:
-        assert 800 <= len(dialogues) <= 1300
+        assert len(dialogues) >= 800
         assert len({json.dumps(messages) for messages in dialogues}) == len(dialogues)
 
     def test_some_dialogues_have_several_turns(self, dialogues: list) -> None:
@@ -105,23 +105,17 @@ class TestShippedPrimer:
         assert replies[normalise("what is your name?")] == {"My name is niels."}
 
     def test_arithmetic_is_correct(self, replies: dict) -> None:
-        answers = {answer for found in replies.values() for answer in found}
-        facts = [re.fullmatch(r"(\d+) (plus|minus) (\d+) is (\d+)\.", answer) for answer in answers]
         checked = defaultdict(int)
-        for a, sign, b, result in (fact.groups() for fact in facts if fact):
-            assert int(result) == (int(a) + int(b) if sign == "plus" else int(a) - int(b))
-            checked[sign] += 1
-        assert checked["plus"] >= 90 and checked["minus"] >= 40
-
-    def test_arithmetic_answers_their_question(self, replies: dict) -> None:
         for question, answers in replies.items():
             asked = [int(number) for number in re.findall(r"\d+", question)]
             if len(asked) != 2:
                 continue
             (answer,) = answers
-            told = [int(number) for number in re.findall(r"\d+", answer)][:2]
-            swapped = re.match(r"(take|subtract) ", question)
-            assert told == (asked[::-1] if swapped else asked), (question, answer)
+            a, b = asked[::-1] if question.startswith("take ") else asked
+            minus = re.search(r"minus| - |^take ", question) is not None
+            assert answer == f"It is {a - b if minus else a + b}.", question
+            checked["minus" if minus else "plus"] += 1
+        assert checked["plus"] >= 100 and checked["minus"] >= 50
 
     def test_jsonl_is_the_converted_text(self, dialogues: list) -> None:
         assert [messages for _, messages in read_chat_jsonl(ROOT / "data" / "primer.jsonl")] == dialogues

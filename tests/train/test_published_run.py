@@ -1,8 +1,8 @@
 """The published training run, from its start weights and its batches: 30 + 12 steps end in the recorded weights.
 
-Its sampler keeps one generator over the whole run; ours seeds every batch by its step. So the test draws the batches the
-published way and hands them to our loop. Two things differ on purpose and are put back here: the published trainer keeps
-the first T+1 tokens of a long chat (we keep the last), and its chat batches are padded, not packed.
+Its sampler keeps one generator over the whole run; ours seeds every batch by its step. So the test draws the batches
+the published way and hands them to our loop. Two things differ on purpose and are put back here: the published trainer
+keeps the first T+1 tokens of a long chat (we keep the last), and its chat batches are padded, not packed.
 """
 
 from __future__ import annotations
