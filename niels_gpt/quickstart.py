@@ -140,9 +140,7 @@ def make_tokenizer(plan: Plan, say: Say) -> SentencePieceTokenizer:
             say(f"reused {path}")
             return load_tokenizer(path)
     say("reading text")
-    texts = (
-        document.text for name in sources for document in (get_source(name).documents or _none)(settings, "train")
-    )
+    texts = (document.text for name in sources for document in (get_source(name).documents or _none)(settings, "train"))
     train_tokenizer(texts, path.parent, vocab_size=settings.tokenizer.vocab_size, seed=plan.seed, sources=wanted)
     tokenizer = load_tokenizer(path)
     say(f"{tokenizer.vocab_size:,} pieces, in {path}")

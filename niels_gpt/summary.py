@@ -134,7 +134,7 @@ def show(console: Console, summary: Summary, seconds: float) -> None:
     console.print(
         f"\nmodel: {folder / 'best.pt'} (carries its tokenizer; settings beside it); logs: {paths.RUNS_DIR}/\n"
         f"chat:    niels-gpt chat --ckpt {folder / 'best.pt'}\n"
-        f"ask:     niels-gpt chat --ckpt {folder / 'best.pt'} --temperature 0 --prompt \"what is your name?\"\n"
+        f'ask:     niels-gpt chat --ckpt {folder / "best.pt"} --temperature 0 --prompt "what is your name?"\n'
         "longer:  niels-gpt quickstart --minutes 30 --out longer",
         markup=False,
     )

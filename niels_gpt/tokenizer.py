@@ -22,6 +22,7 @@ import sentencepiece
 import torch
 
 from niels_gpt import files, spm_training
+from niels_gpt.settings import BYTE_VOCABULARY
 from niels_gpt.special_tokens import SPECIAL_TOKEN_IDS, SPECIAL_TOKENS
 from niels_gpt.spm_training import BLANK
 
@@ -172,7 +173,7 @@ class ByteTokenizer:
     """UTF-8 bytes as ids 0..255, without specials: the tokenizer of the first published models."""
 
     kind = "byte"
-    vocab_size = 256
+    vocab_size = BYTE_VOCABULARY
     sha256: str | None = None
     eot_id: int | None = None
     drops_leading_blanks = False

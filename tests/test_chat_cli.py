@@ -144,21 +144,6 @@ class TestInteractive:
         assert status == 0 and "hello ✨ friend" in out
         assert err.startswith("Error: prompt length ") and "exceeds model capacity 64" in err
 
-    def test_dropped_turns_are_told(
-        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        status, out, err = chat(monkeypatch, capsys, "hi\n" * 9, "--ckpt", str(checkpoint))
-        assert status == 0 and out.count("> ") == 10
-        assert "oldest messages no longer fit the context of 64 tokens" in err
-
-    def test_a_reply_cut_by_the_context_is_told_and_one_cut_by_the_user_is_not(
-        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        flags = ("--ckpt", str(checkpoint), "--temperature", "90", "--top-k", "0")
-        assert "context is full" in chat(monkeypatch, capsys, "hi\n", *flags)[2]
-        assert chat(monkeypatch, capsys, "hi\n", *flags, "--max-new-tokens", "9")[2] == ""
-        assert chat(monkeypatch, capsys, "hi\n", *flags, "--no-kv-cache", "--max-new-tokens", "90")[2] == ""
-
     def test_sentinels_in_the_users_text_are_only_text(
         self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -315,6 +300,27 @@ class TestConversation:
     def test_blanks_around_a_reply_are_not_shown(self, pieces: list[str]) -> None:
         assert "".join(_stripped(iter(pieces))) == "".join(pieces).strip()
 
+    def test_dropped_turns_are_told_when_their_number_grows(
+        self, loaded: LoadedModel, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        conversation = Conversation(loaded, build_options(None, "", temperature=0))
+        conversation.messages = [Message("user", "hi"), Message("assistant", REPLIES["hi"])] * 8
+        list(conversation.reply("hi"))
+        told = capsys.readouterr().err
+        assert "oldest messages no longer fit the context of 64 tokens" in told and told.count("\n") == 1
+        conversation.messages = conversation.messages[:16]
+        list(conversation.reply("hi"))
+        assert capsys.readouterr().err == ""
+
+    def test_a_reply_that_fills_the_context_is_told_and_one_cut_by_the_user_is_not(
+        self, loaded: LoadedModel, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        endless = {"generation": {"banned_token_ids": sorted(loaded.chat_format.stop_ids)}}
+        loaded = replace(loaded, settings=Settings.model_validate(endless))
+        for overrides, told in (({}, True), ({"max_new_tokens": 9}, False), ({"use_cache": False}, False)):
+            answer_once(loaded, build_options(loaded.settings, "", **overrides), ["hi"])
+            assert ("context is full" in capsys.readouterr().err) is told
+
     def test_an_interrupted_reply_is_remembered_as_far_as_it_went(self, loaded: LoadedModel) -> None:
         conversation = Conversation(loaded, build_options(None, "", temperature=0))
         reply = conversation.reply("hi")
@@ -326,7 +332,7 @@ class TestConversation:
     def test_ctrl_c_stops_a_reply_quietly_and_leaves_at_the_prompt(
         self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        lines = ["hi", "bye"]
+        lines = ["hi", "/reset", "bye"]
 
         def read() -> str:
             if not lines:
@@ -347,7 +353,7 @@ class TestConversation:
         out, err = capsys.readouterr()
         first = out.partition("\n")[0]
         assert REPLIES["hi"].startswith(first) and first != REPLIES["hi"] and err == ""
-        assert out.partition("\n")[2].strip(), "the second line got no reply"
+        assert out.endswith(f"\n{REPLIES['bye']}\n\n")
 
     def test_speed_is_shown_and_controls_are_hidden_on_a_terminal_only(
         self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from niels_gpt.batching import Batch
-from niels_gpt.settings import resolve_settings
+from niels_gpt.settings import default_settings, resolve_settings
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import Loop
 from niels_gpt.train.report import Reporter
@@ -51,7 +51,10 @@ def our_step(shape: dict[str, int], precision: str, optimizer: str, batch: Batch
 
 def their_step(shape: dict[str, int], precision: str, batch: Batch) -> Callable[[], Any]:
     model = hugging_face_twin(shape).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    ours = default_settings().training.pretrain
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=ours.base_lr, betas=ours.betas, weight_decay=ours.weight_decay, fused=True
+    )
     labels = torch.cat([batch.x[:, :1], batch.y[:, :-1]], dim=1)  # transformers shifts by itself
 
     def step() -> None:

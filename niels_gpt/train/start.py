@@ -101,7 +101,8 @@ def eval_shape(options: PhaseSettings | TrainConfig) -> tuple[int, int]:
 
 def weighted_metric(options: PhaseSettings, losses: Mapping[str, EvalResult | None]) -> float:
     """What best.pt minimises: one loss by its settings name, or the weighted sum of several; NaN if one is missing."""
-    weights = options.best_metric_weights or {options.best_metric: 1.0}
+    chosen = {str(name): weight for name, weight in (options.best_metric_weights or {}).items()}
+    weights = chosen or {str(options.best_metric): 1.0}
     total = 0.0
     for name, weight in weights.items():
         result = losses.get(name)

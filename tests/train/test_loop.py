@@ -79,6 +79,20 @@ def test_accumulation_is_one_large_batch(world: dict[str, Any]) -> None:
     assert loop.train_step(0).loss == pytest.approx(expected, rel=1e-6)
 
 
+def test_replay_puts_rows_of_text_among_the_chats(world: dict[str, Any]) -> None:
+    plain = make_loop(world, "sft").job.next_batch(3, 1)
+    world["data"]["replay_pretrain"] = 0.5
+    loop = make_loop(world, "sft")
+    mixed = loop.job.next_batch(3, 1)
+    assert mixed.x.shape == plain.x.shape == (4, workshop.T)
+    assert mixed.segment is not None and plain.segment is not None
+    chats, text = mixed.y[:2], mixed.y[2:]
+    assert (chats == IGNORED).any() and not (text == IGNORED).any()  # of a text every token is learnt
+    assert torch.equal(mixed.x[2:, 1:], text[:, :-1]) and not mixed.segment[2:].any()
+    assert (plain.y[2:] == IGNORED).any()
+    assert loop.train_step(0).applied
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_step_that_is_not_finite_leaves_no_trace(world: dict[str, Any], poison: float) -> None:
     loop = make_loop(world)

@@ -60,3 +60,20 @@ def test_a_pipeline_killed_in_both_phases(
             path = f"checkpoints/{phase}/{name}"
             assert workshop.weights_sha(folder / path) == workshop.weights_sha(straight / path), path
     assert (folder / "checkpoints/best.pt").read_bytes() == (folder / "checkpoints/sft/best.pt").read_bytes()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(20))
+def test_two_to_six_kills_at_any_step(
+    straight: Path, tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, seed: int
+) -> None:
+    folder = pipeline(tmp_path, tiny_tokenizer, run=False)
+    rng = random.Random(seed)
+    pretrain = ("--phase", "pretrain", "--config", "both.json", "--device", "cpu")
+    for step in sorted(rng.sample(range(1, STEPS - 4), rng.randint(2, 6))):
+        workshop.kill_at(folder, "pretrain", step, rng, *pretrain)
+    workshop.run(folder, *pretrain)
+    assert workshop.steps_logged(folder, "pretrain") == workshop.steps_logged(straight, "pretrain")
+    latest = "checkpoints/pretrain/latest.pt"
+    assert workshop.weights_sha(folder / latest) == workshop.weights_sha(straight / latest)
