@@ -15,7 +15,7 @@ from niels_gpt.cli import COMMANDS, main
 from niels_gpt.quickstart import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
 
 
 def niels(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.CompletedProcess[str]:

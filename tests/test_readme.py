@@ -31,7 +31,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
-    for command in re.findall(r"`?niels-gpt ([a-z][\w-]*)", text):
+    for command in re.findall(r"(?:`|^)niels-gpt ([a-z][\w-]*)", text, flags=re.MULTILINE):
         assert command in COMMANDS, f"{document.name} names the unknown command niels-gpt {command}"
     for script in re.findall(r"python ((?:tools|scripts)/[\w/]+\.py)", text):
         assert (ROOT / script).is_file(), f"{document.name} names {script}, which is not there"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 import time
@@ -12,8 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+KEYS = ("V", "T", "C", "L", "H", "d_ff")
+
+
+def quickstart_shape() -> dict[str, int]:
+    """The model and microbatch that `niels-gpt quickstart` trains."""
+    config = json.loads((Path(__file__).resolve().parents[1] / "configs/quickstart.json").read_text())
+    return {key: config["model"][key] for key in KEYS} | {"B": config["training"]["pretrain"]["micro_B"]}
+
+
 SHAPES: dict[str, dict[str, int]] = {
-    "quickstart": {"V": 2048, "T": 256, "C": 128, "L": 4, "H": 2, "d_ff": 384, "B": 16},
+    "quickstart": quickstart_shape(),
     "default": {"V": 16000, "T": 512, "C": 384, "L": 8, "H": 6, "d_ff": 1152, "B": 4},
 }
 

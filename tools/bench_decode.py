@@ -21,7 +21,7 @@ import torch
 from niels_gpt.config import ModelConfig
 from niels_gpt.generate import Sampling, stream_steps
 from niels_gpt.model.gpt import GPT
-from tools.bench_common import SHAPES, hugging_face_twin, interleaved, machine, median_and_spread
+from tools.bench_common import KEYS, SHAPES, hugging_face_twin, interleaved, machine, median_and_spread
 
 PROMPT_TOKENS = 64
 GREEDY = Sampling(temperature=0.0)  # audit: the benchmark's own choice
@@ -29,7 +29,7 @@ GREEDY = Sampling(temperature=0.0)  # audit: the benchmark's own choice
 
 def measure(name: str, rounds: int, new_tokens: int) -> dict[str, list[float]]:
     shape = SHAPES[name]
-    fields = {key: shape[key] for key in ("V", "T", "C", "L", "H", "d_ff")}
+    fields = {key: shape[key] for key in KEYS}
     ours = GPT(ModelConfig(**fields, dropout=0.0, rope_theta=10000.0)).eval()
     theirs = hugging_face_twin(shape).eval()
     prompt = torch.randint(shape["V"], (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(0))

@@ -27,6 +27,7 @@ from niels_gpt.train.job import Job
 from niels_gpt.train.loop import Loop
 from niels_gpt.train.report import Reporter
 from tools.bench_common import (
+    KEYS,
     SHAPES,
     flops_per_token,
     gemm_peak,
@@ -40,10 +41,12 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def our_step(shape: dict[str, int], precision: str, optimizer: str, batch: Batch) -> Callable[[], Any]:
-    model = {key: shape[key] for key in ("V", "T", "C", "L", "H", "d_ff")} | {"dropout": 0.0}
+    model = {key: shape[key] for key in KEYS} | {"dropout": 0.0}
     phase: dict[str, Any] = {"micro_B": shape["B"], "optimizer": optimizer, "total_steps": 1000}
     phase |= {"amp": precision != "fp32", "amp_dtype": "bf16"}
-    resolved = resolve_settings("pretrain", {"model": model, "training": {"pretrain": phase}})
+    resolved = resolve_settings(
+        "pretrain", {"model": model, "tokenizer": {"vocab_size": shape["V"]}, "training": {"pretrain": phase}}
+    )
     job = Job("pretrain", resolved, lambda step, microbatch: batch, {}, lambda evals: float("nan"))
     loop = Loop(job, device="cpu", reporter=Reporter("pretrain", "bench", quiet=True), resume=None, init=None)
     return lambda: loop.train_step(0)

@@ -118,6 +118,6 @@ def test_the_package_itself() -> None:
             roles = [m.role for m in chat.messages]
             assert 2 <= len(roles) <= 8 and roles == ["user", "assistant"] * (len(roles) // 2)
             assert all(m.content and m.content == " ".join(m.content.split()) for m in chat.messages)
-    assert counts == {"train": 2854, "val": 382}
+    assert counts == {"train": 15533, "val": 2162}
     about = chitchat.describe(settings, "pretrain")
     assert about["dataset_version"] == "0.9.0" and len(about["files"]["dataset.json"]) == 64
