@@ -80,7 +80,7 @@ class SentencePieceTokenizer:
     ) -> None:
         path = Path(model_path)
         if not path.is_file():
-            raise FileNotFoundError(f"there is no tokenizer model {path}; train one with scripts/train_tokenizer.py")
+            raise FileNotFoundError(f"there is no tokenizer model {path}; `niels-gpt quickstart` makes one")
         self._load(path.read_bytes(), str(path), special_tokens, expected_special_token_ids)
         self.model_path: Path | None = path
 
@@ -237,7 +237,7 @@ def _find_sentinels(
         if sp.is_unknown(token_id):
             raise ValueError(
                 f"the special token {key!r} must encode to exactly one piece id, but {literal} is not in the "
-                f"vocabulary of {name}; train a tokenizer with scripts/train_tokenizer.py"
+                f"vocabulary of {name}; `niels-gpt quickstart` makes a tokenizer that fits"
             )
         if expected_ids is not None and expected_ids.get(key) != token_id:
             raise ValueError(

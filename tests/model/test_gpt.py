@@ -10,6 +10,7 @@ from torch import nn
 
 from niels_gpt.checkpoint import build_model, load_checkpoint
 from niels_gpt.config import V1, V2, Architecture
+from niels_gpt.model import blocks
 from niels_gpt.model.blocks import RMSNorm
 from niels_gpt.model.gpt import GPT, Trace
 from tests.model.plain_forward import plain_forward
@@ -258,3 +259,29 @@ def test_what_forward_refuses():
 
 def test_a_model_holds_no_other_state():
     assert not any(name.startswith("blocks.0.attn.rope") for name in varied_model().state_dict())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_explicit_bf16_attention_agrees_with_the_fused_kernel(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short path for bf16 on CPUs is a choice of speed: the same values and gradients, but for rounding."""
+    x = torch.tensor([random_ids(24, 61, seed=s) for s in (1, 2)])
+    segment = torch.arange(24).expand(2, -1) // 9 if packed else None
+    results = []
+    for explicit in (True, False):
+        monkeypatch.setattr(blocks, "_explicit_is_faster", lambda q, k, explicit=explicit: explicit)
+        model = varied_model()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(x, x, segment=segment) / x.numel()
+        loss.backward()
+        results.append((loss.item(), model.blocks[0].attn.qkv.weight.grad))
+    (one, grad), (other, expected) = results
+    assert one == pytest.approx(other, rel=0.02)
+    assert torch.nn.functional.cosine_similarity(grad.flatten(), expected.flatten(), dim=0) > 0.99
+
+
+def test_explicit_attention_is_for_short_bf16_rows_on_cpus_alone() -> None:
+    q = torch.zeros(1, 1, 8, 4, dtype=torch.bfloat16)
+    assert blocks._explicit_is_faster(q, q)
+    assert not blocks._explicit_is_faster(q.float(), q.float())
+    assert not blocks._explicit_is_faster(q[:, :, :1], q)  # decoding
+    assert not blocks._explicit_is_faster(q, torch.zeros(1, 1, blocks.SHORT + 1, 4, dtype=torch.bfloat16))
