@@ -89,10 +89,13 @@ class CausalSelfAttention(nn.Module):
 
     def _explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, trace: Trace | None) -> Tensor:
         """The same attention with its probabilities in sight; a trace gets them in float32, before any dropout."""
+        B, H, T, _ = q.shape
+        T_total = k.shape[2]
         if mask is None:
-            mask = _causal_mask(q.shape[2], k.shape[2], q.device)
-        scores = (q * self.D**-0.5) @ k.transpose(-2, -1)
-        scores = scores.masked_fill(~mask, -math.inf)
+            mask = _causal_mask(T, T_total, q.device)
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
+        bias = bias.expand(B, H, T, T_total).reshape(B * H, T, T_total)
+        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=self.D**-0.5).view(B, H, T, T_total)
         if trace is None:
             return scores.softmax(dim=-1) @ v
         probs = scores.float().softmax(dim=-1)  # (B, H, T, T_total)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
@@ -27,17 +26,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         w = weight.to(h.dtype)
         for start in range(0, h.shape[0], chunk):
             rows = slice(start, start + chunk)
-            valid = target[rows] != IGNORED
-            index = target[rows].clamp_min(0)[:, None]
-            logp = F.log_softmax(h[rows] @ w.t(), dim=1, dtype=torch.float32)
-            total -= (logp.gather(1, index).squeeze(1) * valid).sum()
+            valid = (target[rows] != IGNORED)[:, None]  # (N, 1)
+            index = target[rows].clamp_min(0)
+            logits = h[rows] @ w.t()
+            top = logits.amax(dim=1, keepdim=True)
+            picked = logits.gather(1, index[:, None]).float()
+            e = logits.sub_(top).exp_()  # in place: softmax = e / Z, and 1 / Z is left to the small matrices below
+            Z = e.sum(dim=1, keepdim=True, dtype=torch.float32)
+            total += ((Z.log() + top - picked) * valid).sum()
             if grad_h is None or grad_w is None:
                 continue
-            probs = logp.exp_()  # d loss / d logits = softmax - one-hot, zero in ignored rows
-            probs.scatter_add_(1, index, -torch.ones_like(index, dtype=probs.dtype))
-            delta = probs.to(h.dtype).mul_(valid[:, None])
-            grad_h[rows] = delta @ w
-            grad_w += delta.t() @ h[rows]
+            # d loss / d logits = softmax - one-hot, zero in ignored rows
+            scale = valid / Z
+            grad_h[rows] = (e @ w) * scale - w[index] * valid
+            grad_w += e.t() @ (h[rows] * scale).to(h.dtype)
+            grad_w.index_put_((index,), -(h[rows] * valid).float(), accumulate=True)
         ctx.save_for_backward(grad_h, grad_w)
         return total
 

@@ -11,7 +11,7 @@ import torch
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.config import TrainConfig
-from niels_gpt.device import resolve_device
+from niels_gpt.device import keep_freed_memory, resolve_device
 from niels_gpt.eval import EvalResult
 from niels_gpt.files import sha256_file
 from niels_gpt.paths import ensure_dirs
@@ -49,6 +49,7 @@ def start_phase(
 ) -> Start:
     """Resolve everything a phase needs; a resumed run keeps its run id. ValueError/FileNotFoundError for people."""
     ensure_dirs()
+    keep_freed_memory()
     chosen = resolve_device(device)
     resume = find_resume(phase, resume_path, no_auto_resume)
     run_id = None
