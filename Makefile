@@ -33,7 +33,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/audit_config_coverage.py
-	$(BIN)/python -m niels_gpt.settings_doc --check
+	$(BIN)/python -m niels_gpt.settings.doc --check
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -47,7 +47,7 @@ bench: install
 	$(BIN)/python tools/bench_decode.py
 
 docs: install
-	$(BIN)/python -m niels_gpt.settings_doc
+	$(BIN)/python -m niels_gpt.settings.doc
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

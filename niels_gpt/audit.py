@@ -22,8 +22,9 @@ from niels_gpt.settings import Settings
 from niels_gpt.special_tokens import SPECIAL_TOKENS
 
 FOLDERS = ("niels_gpt", "train", "tools", "scripts")
-NUMBERS_HOME = "niels_gpt/settings.py"
+NUMBERS_HOME = "niels_gpt/settings/"
 SENTINELS_HOME = "niels_gpt/special_tokens.py"
+SETTINGS_HELPERS = frozenset(f"{NUMBERS_HOME}{name}.py" for name in ("doc", "errors", "legacy"))
 # fmt: off
 HYPERPARAMETERS = frozenset({
     "base_lr", "min_lr", "warmup_steps", "weight_decay", "betas", "eps", "grad_clip", "total_steps",
@@ -65,7 +66,7 @@ def hardcoded(file: str, tree: ast.Module) -> list[Finding]:
     """Hyperparameters and sentinels written into one file (named relative to the project)."""
     found: list[Finding] = []
     for node in ast.walk(tree):
-        if file != NUMBERS_HOME:
+        if not file.startswith(NUMBERS_HOME):
             found += [
                 Finding(file, value.lineno, f"{name} is hardcoded as {ast.unparse(value)}; read it from settings")
                 for name, value in _named_values(node)
@@ -162,14 +163,14 @@ def unread(trees: Mapping[str, ast.Module], wanted: Iterable[Knob]) -> list[Knob
 
     Where the name says too little (several sections have it, or Python code in general), the file that reads it must
     mention the knob's section as well.
-    `.section.model_dump` reads the whole section. Of settings.py the sections do not count (a validator is no reader),
-    and its helpers `settings_*.py` not at all.
+    `.section.model_dump` reads the whole section. In the package `settings` the sections do not count (a validator is
+    no reader), and its helpers not at all.
     """
     read: dict[str, set[str]] = {}  # name read -> every name mentioned in files that read it
     for file, tree in trees.items():
-        if file.startswith("niels_gpt/settings_"):
+        if file in SETTINGS_HELPERS:
             continue
-        is_tree = file == NUMBERS_HOME
+        is_tree = file.startswith(NUMBERS_HOME)
         nodes: list[ast.AST] = [n for n in tree.body if not (is_tree and isinstance(n, ast.ClassDef) and n.bases)]
         everything = [inner for node in nodes for inner in ast.walk(node)]
         mentioned = set(_mentions(everything))
@@ -234,11 +235,13 @@ def python_files(root: Path) -> dict[str, Path]:
     return {path.relative_to(root).as_posix(): path for path in found}
 
 
-def declared_lines(settings: ast.Module) -> dict[tuple[str, str], int]:
-    """(class, field) -> line in settings.py"""
+def declared(trees: Mapping[str, ast.Module]) -> dict[tuple[str, str], tuple[str, int]]:
+    """(class, field) -> file and line, of every knob in the package `settings`."""
     return {
-        (node.name, field.target.id): field.lineno
-        for node in settings.body
+        (node.name, field.target.id): (file, field.lineno)
+        for file, tree in trees.items()
+        if file.startswith(NUMBERS_HOME)
+        for node in tree.body
         if isinstance(node, ast.ClassDef)
         for field in node.body
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
@@ -246,7 +249,7 @@ def declared_lines(settings: ast.Module) -> dict[tuple[str, str], int]:
 
 
 def audit(root: Path) -> tuple[list[Finding], int]:
-    """Everything wrong under `root`, and how many files were read; unread knobs only where settings.py is there."""
+    """Everything wrong under `root`, and how many files were read; unread knobs only where settings are there."""
     trees: dict[str, ast.Module] = {}
     found: list[Finding] = []
     for file, path in python_files(root).items():
@@ -256,14 +259,11 @@ def audit(root: Path) -> tuple[list[Finding], int]:
             found.append(Finding(file, getattr(error, "lineno", None) or 1, f"is not valid Python: {error}"))
         else:
             found += hardcoded(file, trees[file])
-    if NUMBERS_HOME in trees:
-        lines = declared_lines(trees[NUMBERS_HOME])
+    if places := declared(trees):
         found += [
-            Finding(
-                NUMBERS_HOME, lines.get((knob.owner, knob.name), 1), f"{knob.path} is read nowhere; use or remove it"
-            )
+            Finding(*places[knob.owner, knob.name], f"{knob.path} is read nowhere; use or remove it")
             for knob in _once(unread(trees, knobs()))
-            if not any(knob.within(name) for name in AWAITED)
+            if (knob.owner, knob.name) in places and not any(knob.within(name) for name in AWAITED)
         ]
         found += [
             Finding("niels_gpt/audit.py", 1, f"AWAITED names {name}, but all of it is read; remove it there")

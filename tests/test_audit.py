@@ -78,10 +78,12 @@ def test_a_clean_file_passes() -> None:
 
 def test_only_the_homes_are_exempt() -> None:
     number, sentinel = "top_k = 50", f"x = {EOT_TOKEN!r}"
-    assert findings(number, "niels_gpt/settings.py") == [] and findings(sentinel, "niels_gpt/special_tokens.py") == []
+    assert (
+        findings(number, "niels_gpt/settings/tree.py") == [] and findings(sentinel, "niels_gpt/special_tokens.py") == []
+    )
     for file in ("niels_gpt/generate.py", "niels_gpt/tokenizer.py", "tools/x.py"):
         assert len(findings(f"{number}\n{sentinel}", file)) == 2
-    assert len(findings(sentinel, "niels_gpt/settings.py")) == 1
+    assert len(findings(sentinel, "niels_gpt/settings/tree.py")) == 1
 
 
 # the other way: knobs that nothing reads
@@ -117,10 +119,10 @@ def test_what_counts_as_reading(knob: audit.Knob, source: str, is_read: bool) ->
 
 def test_validators_and_legacy_names_do_not_count_as_reading() -> None:
     validator = "class PhaseSettings(Section):\n  def v(self): return self.grad_clip, PhaseSettings"
-    assert audit.unread({"niels_gpt/settings.py": ast.parse(validator)}, [GRAD_CLIP])
-    assert audit.unread({"niels_gpt/settings_legacy.py": ast.parse("training.grad_clip")}, [GRAD_CLIP])
+    assert audit.unread({"niels_gpt/settings/tree.py": ast.parse(validator)}, [GRAD_CLIP])
+    assert audit.unread({"niels_gpt/settings/legacy.py": ast.parse("training.grad_clip")}, [GRAD_CLIP])
     reader = "def resolve(training): return training.sft.grad_clip"
-    assert not audit.unread({"niels_gpt/settings.py": ast.parse(reader)}, [GRAD_CLIP])
+    assert not audit.unread({"niels_gpt/settings/tree.py": ast.parse(reader)}, [GRAD_CLIP])
 
 
 def test_knobs_are_the_leaves_of_the_tree() -> None:
@@ -136,7 +138,7 @@ def test_knobs_are_the_leaves_of_the_tree() -> None:
 def project(tmp_path: Path, **sources: str) -> Path:
     for name, source in sources.items():
         path = tmp_path / "niels_gpt" / f"{name}.py"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source, encoding="utf-8")
     return tmp_path
 
@@ -150,11 +152,12 @@ def test_the_program_reports_places_and_exits_1(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_program_reports_unread_knobs_at_their_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = project(tmp_path, settings=(ROOT / "niels_gpt" / "settings.py").read_text(encoding="utf-8"))
+    tree = ROOT / "niels_gpt" / "settings" / "tree.py"
+    root = project(tmp_path, **{"settings/tree": tree.read_text(encoding="utf-8")})
     assert audit.main(["--root", str(root)]) == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if "training.pretrain.grad_clip" in line)
     number = int(line.split(":")[1])
-    declared = (ROOT / "niels_gpt" / "settings.py").read_text(encoding="utf-8").splitlines()[number - 1]
+    declared = tree.read_text(encoding="utf-8").splitlines()[number - 1]
     assert line.endswith("is read nowhere; use or remove it") and declared.strip().startswith("grad_clip")
 
 
@@ -169,7 +172,8 @@ def test_a_dumped_section_is_read() -> None:
 
 
 def test_a_section_that_is_read_may_not_be_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = project(tmp_path, settings="", x="settings.benchmark.model_dump()")
+    knobs = "class PhaseSettings(Section):\n    seed: int = 1"
+    root = project(tmp_path, **{"settings/tree": knobs, "x": "settings.benchmark.model_dump()"})
     monkeypatch.setattr(audit, "AWAITED", ("benchmark", "data.oasst1"))
     said = [str(found) for found in audit.audit(root)[0] if "AWAITED" in found.message]
     assert said == ["niels_gpt/audit.py:1: AWAITED names benchmark, but all of it is read; remove it there"]

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "niels_gpt"
 
 FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
     0: ("paths", "files", "rng", "device", "special_tokens", "config"),
-    1: ("settings", "settings_errors", "settings_legacy", "data.types"),
+    1: ("settings", "data.types"),
     2: (
         "tokenizer",
         "spm_training",
@@ -25,9 +25,9 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
     ),
     3: ("chat_format", "streams", "cache", "checkpoint", "infer"),
     4: ("eval", "generate", "chat", "recall", "summary"),
-    5: ("train", "chat_cli", "cache.cli", "quickstart", "cli", "settings_doc", "audit"),
+    5: ("train", "chat_cli", "cache.cli", "quickstart", "cli", "settings.doc", "audit"),
 }
-PROGRAMS = {"train.run", "chat_cli", "cache.cli", "quickstart", "cli", "settings_doc", "audit"}
+PROGRAMS = {"train.run", "chat_cli", "cache.cli", "quickstart", "cli", "settings.doc", "audit"}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.stat().st_size > 200)
 
 

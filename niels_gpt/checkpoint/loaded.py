@@ -17,7 +17,7 @@ from niels_gpt.checkpoint.weights import architecture_of, build_model
 from niels_gpt.config import V1
 from niels_gpt.model.gpt import GPT
 from niels_gpt.settings import Settings, tokenizer_file, validate_overrides
-from niels_gpt.settings_legacy import translate
+from niels_gpt.settings.legacy import translate
 from niels_gpt.tokenizer import (
     DEFAULT_TOKENIZER_PATH,
     ByteTokenizer,

@@ -10,8 +10,8 @@ import pytest
 from niels_gpt import files
 from niels_gpt.config import V1, V2
 from niels_gpt.settings import Settings, resolve_settings
-from niels_gpt.settings_errors import leaf_paths
-from niels_gpt.settings_legacy import RENAMED, WITHOUT_EFFECT, translate
+from niels_gpt.settings.errors import leaf_paths
+from niels_gpt.settings.legacy import RENAMED, WITHOUT_EFFECT, translate
 from tests.reference import BUNDLE, needs_bundle
 
 BYTE_MODEL = {"V": 256, "T": 128, "C": 64, "L": 2, "H": 4, "d_ff": 128, "dropout": 0.1, "rope_theta": 10000.0}

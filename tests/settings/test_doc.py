@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from niels_gpt import settings_doc
 from niels_gpt.settings import Settings
-from niels_gpt.settings_errors import leaf_paths
+from niels_gpt.settings import doc as settings_doc
+from niels_gpt.settings.errors import leaf_paths
 
 
 def test_the_committed_page_is_current() -> None:
@@ -31,7 +31,7 @@ def test_every_row_has_five_cells() -> None:
 def test_a_stale_page_fails_and_is_rewritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "settings.md"
     assert settings_doc.main(["--check", "--out", str(page)]) == 1
-    assert "is stale; run python -m niels_gpt.settings_doc" in capsys.readouterr().err
+    assert "is stale; run python -m niels_gpt.settings.doc" in capsys.readouterr().err
     assert settings_doc.main(["--out", str(page)]) == 0
     assert settings_doc.main(["--check", "--out", str(page)]) == 0
     page.write_text(page.read_text(encoding="utf-8") + "x", encoding="utf-8")

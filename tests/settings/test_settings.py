@@ -23,7 +23,7 @@ from niels_gpt.settings import (
     resolve_settings,
     tokenizer_file,
 )
-from niels_gpt.settings_errors import leaf_paths
+from niels_gpt.settings.errors import leaf_paths
 from tests.reference import BUNDLE, needs_bundle
 
 

@@ -1,0 +1,59 @@
+"""Every knob of niels-gpt: its only default, its bounds, one line of help; and how overrides become a run's settings.
+
+`tree` and `data` hold the knobs, `resolve` turns overrides into settings, `errors` words what is wrong with them (one
+ValueError, one line per problem), `legacy` translates old config layouts, `doc` writes docs/settings.md.
+"""
+
+from niels_gpt.settings.data import (
+    BYTE_VOCABULARY,
+    PRETRAIN_SOURCES,
+    SFT_SOURCES,
+    DataSettings,
+    TokenizerSettings,
+    checked_mix,
+)
+from niels_gpt.settings.resolve import (
+    PHASES,
+    PIECE_IDS,
+    ResolvedSettings,
+    load_overrides,
+    new_run_id,
+    resolve_settings,
+    tokenizer_file,
+    validate_overrides,
+)
+from niels_gpt.settings.tree import (
+    GenerationSettings,
+    ModelSettings,
+    PhaseSettings,
+    Settings,
+    SftPhaseSettings,
+    default_settings,
+    model_config_of,
+    train_config_of,
+)
+
+__all__ = [
+    "BYTE_VOCABULARY",
+    "PHASES",
+    "PIECE_IDS",
+    "PRETRAIN_SOURCES",
+    "SFT_SOURCES",
+    "DataSettings",
+    "GenerationSettings",
+    "ModelSettings",
+    "PhaseSettings",
+    "ResolvedSettings",
+    "Settings",
+    "SftPhaseSettings",
+    "TokenizerSettings",
+    "checked_mix",
+    "default_settings",
+    "load_overrides",
+    "model_config_of",
+    "new_run_id",
+    "resolve_settings",
+    "tokenizer_file",
+    "train_config_of",
+    "validate_overrides",
+]
