@@ -26,8 +26,10 @@ class Source:
     name: str
     describe: Callable[[Settings, str], dict[str, Any]]
     documents: Documents | None = None
+    stream: Callable[[Settings], Iterator[Document]] | None = None
     chats: Chats | None = None
     splits_chats: bool = True
+    ends_documents: bool = True
     optional: bool = False  # a mix does without it when its cache is missing
 
 
