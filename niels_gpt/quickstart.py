@@ -36,7 +36,7 @@ from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.sft import run_sft
 
 CONFIG = "configs/quickstart.json"
-SFT_SHARE = 0.25  # of the training budget; tuned in docs/log.md
+SFT_SHARE = 0.6  # of the training budget; tuned in docs/log.md
 SMALLEST_BUDGET = 0.05  # minutes
 
 
@@ -78,9 +78,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        files.discard_output()
+        print("the output was closed; run the same command again to go on", file=sys.stderr)
+        return 1
     except (ValueError, OSError, RuntimeError) as error:
-        message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {files.explained(error)}", file=sys.stderr)
         return 1
 
 

@@ -15,6 +15,7 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
         "tokenizer",
         "spm_training",
         "batching",
+        "epochs",
         "lr_schedule",
         "optim",
         "model",

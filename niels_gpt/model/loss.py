@@ -56,6 +56,10 @@ def cross_entropy_sum(h: Tensor, weight: Tensor, target: Tensor, chunk: int = CH
     h (N, C), weight (V, C), target (N,) int64 with -100 for rows that do not count. Computed in h's dtype (or
     autocast's) with float32 sums; the gradient of `weight` is float32.
     """
+    if h.device.type == "cpu":  # elsewhere, counting the rows would make the device wait
+        counted = (target != IGNORED).nonzero()[:, 0]
+        if len(counted) < len(target):  # fine-tuning: prompts and padding need no logits
+            h, target = h.index_select(0, counted), target[counted]
     if torch.is_autocast_enabled(h.device.type):
         h = h.to(torch.get_autocast_dtype(h.device.type))
     with torch.autocast(h.device.type, enabled=False):

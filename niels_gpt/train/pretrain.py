@@ -8,6 +8,7 @@ from typing import Any
 
 from niels_gpt.batching import Batch, TokenStream, get_batch
 from niels_gpt.cache.pretrain import open_mix
+from niels_gpt.epochs import MixedRows
 from niels_gpt.rng import generator_for
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
@@ -58,9 +59,10 @@ def pretrain_job(start: Start) -> Job:
     streams, mix = open_mix(settings, start.tokenizer, "train", T)
     val_streams, _ = open_mix(settings, start.tokenizer, "val", T)
 
+    rows = MixedRows(streams, mix, T, options.seed)
+
     def next_batch(step: int, microbatch: int) -> Batch:
-        generator = generator_for(options.seed, "data", step, microbatch)
-        return Batch(*get_batch(streams, mix, options.micro_B, T, "cpu", generator))
+        return rows.batch((step * options.accum_steps + microbatch) * options.micro_B, options.micro_B)
 
     return Job(
         phase=PHASE,

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from niels_gpt.batching import Batch, TokenStream, get_batch
+from niels_gpt.batching import Batch, TokenStream
 from niels_gpt.cache.format import SftExamples, open_pretrain
 from niels_gpt.cache.pretrain import open_mix as open_text_mix
 from niels_gpt.cache.sft import open_mix, pack_batch, padded_batch
+from niels_gpt.epochs import MixedRows
 from niels_gpt.model.loss import IGNORED
 from niels_gpt.rng import generator_for
 from niels_gpt.train.job import Job
@@ -81,7 +82,7 @@ def sft_job(start: Start) -> Job:
 
     def next_batch(step: int, microbatch: int) -> Batch:
         generator = generator_for(options.seed, "data", step, microbatch)
-        text = replay(generator)
+        text = replay(step * options.accum_steps + microbatch)
         rows = options.micro_B - (0 if text is None else len(text.x))
         chat = draw(sources, mix, rows, generator)
         return chat if text is None else join_rows(chat, text)
@@ -118,14 +119,18 @@ def _drawer(start: Start, T: int) -> Draw:
     return draw
 
 
-def _replayer(start: Start, T: int) -> Callable[[torch.Generator], Batch | None]:
-    """Draws the rows of plain text that keep a model from forgetting what it read; None where none are asked for."""
+def _replayer(start: Start, T: int) -> Callable[[int], Batch | None]:
+    """The rows of plain text in the n-th microbatch, which keep a model from forgetting what it read; or None.
+
+    They are read from the end of each epoch: what pretraining with the same seed has not reached comes first.
+    """
     settings = start.settings
     rows = min(round(start.options.micro_B * settings.data.replay_pretrain), start.options.micro_B - 1)
     if not rows:
-        return lambda generator: None
+        return lambda n: None
     streams, mix = open_text_mix(settings, start.tokenizer, "train", T)
-    return lambda generator: Batch(*get_batch(streams, mix, rows, T, "cpu", generator))
+    mixed = MixedRows(streams, mix, T, start.options.seed, backwards=True)
+    return lambda n: mixed.batch(n * rows, rows)
 
 
 def join_rows(chat: Batch, text: Batch) -> Batch:
