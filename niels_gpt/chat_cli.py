@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from dataclasses import asdict
 from typing import Any, TextIO
 
+from niels_gpt import files
 from niels_gpt.chat import DEFAULT_SEED, answer_once, build_options, note, run_chat, system_prompt
 from niels_gpt.checkpoint import load_model
 from niels_gpt.device import resolve_device
@@ -100,9 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # Whoever read the output has gone. Python would complain about the unwritten rest when it exits.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        files.discard_output()
         return 0
     except (ValueError, OSError) as error:
         note(f"error: {error}")

@@ -6,12 +6,14 @@ writer's pid, so a later start can sweep what a killed process left behind.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +63,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         fsync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed fsync does not say of what
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -141,3 +146,17 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return isinstance(error, RuntimeError) and ("unexpected pos" in str(error) or "write failed" in str(error))
+
+
+def explained(error: Exception) -> str:
+    """What a program tells a person about an error: no errno, but the file; a full disk is called that."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"the disk is full: {text}" if is_disk_full(error) and "disk is full" not in text else text
+
+
+def discard_output() -> None:
+    """After a BrokenPipeError: whoever read stdout has gone, and Python would complain of the unwritten rest."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

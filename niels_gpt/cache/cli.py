@@ -41,15 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except (ValueError, OSError) as error:
-        print(f"error: {_explained(error)}", file=sys.stderr)
+        print(f"error: {files.explained(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; unfinished caches were removed", file=sys.stderr)
         return 130
-
-
-def _explained(error: Exception) -> str:
-    return f"the disk is full: {error}" if files.is_disk_full(error) else str(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -251,7 +247,7 @@ def _report(name: str, optional: bool, build: Callable[[Progress], dict[str, Any
         print(f"✗ {name} failed: {error}", file=sys.stderr)
         return False
     except (ValueError, OSError) as error:
-        print(f"✗ {name} failed: {_explained(error)}", file=sys.stderr)
+        print(f"✗ {name} failed: {files.explained(error)}", file=sys.stderr)
         return False
     took = "up to date" if meta.get("reused") else f"{time.monotonic() - started:.1f} s"
     print(f"✓ {name}: {_summary(meta)}, {took}")

@@ -44,9 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
+    except BrokenPipeError:
+        files.discard_output()
+        print("the output was closed, so training stopped; the same command goes on", file=sys.stderr)
+        return 1
     except (ValueError, OSError, RuntimeError) as error:
-        message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {files.explained(error)}", file=sys.stderr)
         return 1
     return 0
 

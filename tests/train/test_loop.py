@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,19 @@ def test_a_damaged_latest_falls_back_loudly(world: dict[str, Any], capsys: Any) 
     seen = capsys.readouterr()
     assert "DAMAGED; going back to step_0000012.pt" in seen.err
     assert "resumed from checkpoints/pretrain/step_0000012.pt" in seen.out
+
+
+def test_a_closed_output_ends_training_in_one_line(tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
+    """As `python -m train.run ... | head -1` does."""
+    workshop.build_caches(tmp_path, tiny_tokenizer)
+    (tmp_path / "config.json").write_text(json.dumps(workshop.overrides(tmp_path, tiny_tokenizer, steps=4000)))
+    arguments = workshop.command("--phase", "pretrain", "--config", tmp_path / "config.json", "--device", "cpu")
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, env=workshop.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 1 and "Traceback" not in err
+    assert "the output was closed, so training stopped; the same command goes on" in err
