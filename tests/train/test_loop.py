@@ -236,7 +236,7 @@ def test_a_damaged_latest_falls_back_loudly(world: dict[str, Any], capsys: Any) 
     assert "resumed from checkpoints/pretrain/step_0000012.pt" in seen.out
 
 
-def test_a_closed_output_ends_training_in_one_line(tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
+def test_a_closed_output_ends_training_quietly(tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
     """As `python -m train.run ... | head -1` does."""
     workshop.build_caches(tmp_path, tiny_tokenizer)
     (tmp_path / "config.json").write_text(json.dumps(workshop.overrides(tmp_path, tiny_tokenizer, steps=4000)))
@@ -248,5 +248,5 @@ def test_a_closed_output_ends_training_in_one_line(tmp_path: Path, tiny_tokenize
         process.stdout.readline()
         process.stdout.close()
         err = process.stderr.read()
-    assert process.returncode == 1 and "Traceback" not in err
-    assert "the output was closed, so training stopped; the same command goes on" in err
+    assert process.returncode == 1
+    assert err in ("", "the output was closed, so training stopped; the same command goes on\n")
