@@ -20,7 +20,8 @@ Row = dict[str, Any]
 MOVED = {"wikitext": "Salesforce/wikitext"}  # old names that the hub redirects and `datasets` no longer accepts
 
 # How long the libraries try again, on top of their timeouts (HF_HUB_ETAG_TIMEOUT, HF_HUB_DOWNLOAD_TIMEOUT: 10 s each).
-STREAM_RETRIES = 5
+# They try a request 6 times within half a minute; a read of a stream may fail that often:
+STREAM_RETRIES = 2
 STREAM_RETRY_SECONDS = 2.0
 
 _LEAVE_OUT = (
@@ -40,6 +41,16 @@ class Pinned:
     dataset_id: str  # as on the hub today
     commit: str
     reached: bool  # whether the hub itself said so
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was to be read, for messages."""
+
+    named: str
+    pinned: Pinned
+    split: str = ""
+    streaming: bool = False
 
 
 _pinned: dict[tuple[str, str | None], Pinned] = {}
@@ -64,28 +75,28 @@ def load(
     """
     datasets = _datasets(dataset_id)
     pinned = pin(dataset_id, revision)
-    named = f"{dataset_id} ({config})" if config else dataset_id
+    asked = _Asked(f"{dataset_id} ({config})" if config else dataset_id, pinned, split, streaming)
     try:
         with _asking_only_if(pinned.reached, datasets):
             data = datasets.load_dataset(
                 pinned.dataset_id, config, split=split, streaming=streaming, revision=pinned.commit
             )
         if not streaming and data.cache_files:
-            _check_commit(named, pinned, Path(data.cache_files[0]["filename"]))
+            _check_commit(asked, Path(data.cache_files[0]["filename"]))
         if streaming and shuffle_buffer is not None:
             data = data.shuffle(seed=shuffle_seed, buffer_size=shuffle_buffer)
     except HubError:
         raise
     except Exception as error:
-        _explain(error, named, split, pinned)
-    return _rows(data, named, split, pinned)
+        _explain(error, asked)
+    return _rows(data, asked)
 
 
-def _rows(data: Any, named: str, split: str, pinned: Pinned) -> Iterator[Row]:
+def _rows(data: Any, asked: _Asked) -> Iterator[Row]:
     try:
         yield from data
     except Exception as error:
-        _explain(error, named, split, pinned)
+        _explain(error, asked)
 
 
 def commit_of(dataset_id: str, revision: str | None = None) -> str:
@@ -125,7 +136,7 @@ def _pin(dataset_id: str, revision: str | None) -> Pinned:
     except Exception as error:
         commit = _downloaded_commit(from_hub, moved, revision) if _unreachable(error) else None
         if commit is None:
-            _explain(error, dataset_id, None, Pinned(moved, revision or "main", False))
+            _explain(error, _Asked(dataset_id, Pinned(moved, revision or "main", False)))
         if not from_hub.constants.is_offline_mode():
             _warn(f"{dataset_id}: the Hugging Face hub cannot be reached; reading what was downloaded ({commit[:7]})")
         return Pinned(moved, commit, False)
@@ -163,39 +174,43 @@ def _asking_only_if(reached: bool, datasets: ModuleType) -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-def _check_commit(named: str, pinned: Pinned, file: Path) -> None:
+def _check_commit(asked: _Asked, file: Path) -> None:
     """Refuse what `datasets` falls back to by itself: another commit of the dataset, from its cache."""
-    if (found := file.parent.name) != pinned.commit:
+    if (found := file.parent.name) != asked.pinned.commit:
         raise HubError(
-            f"{named}: commit {pinned.commit[:7]} could not be read, the Hugging Face cache only has {found[:7]}; "
-            f"try again with a connection, {_LEAVE_OUT}"
+            f"{asked.named}: commit {asked.pinned.commit[:7]} could not be read, the Hugging Face cache only has "
+            f"{found[:7]}; try again with a connection, {_LEAVE_OUT}"
         )
 
 
-def _explain(error: Exception, named: str, split: str | None, pinned: Pinned) -> NoReturn:
+def _explain(error: Exception, asked: _Asked) -> NoReturn:
     """Raise `error` again as one line that says what to do."""
     chain = list(_chain(error))
     full = next((e for e in chain if isinstance(e, OSError) and e.errno == errno.ENOSPC), None)
     if full is not None:
         raise full
-    raise HubError(f"{named}: {_problem(chain, split, pinned)}") from error
+    raise HubError(f"{asked.named}: {_problem(chain, asked)}") from error
 
 
-def _problem(chain: list[BaseException], split: str | None, pinned: Pinned) -> str:
+def _problem(chain: list[BaseException], asked: _Asked) -> str:
+    pinned = asked.pinned
     kinds = {kind.__name__ for error in chain for kind in type(error).__mro__}
     status = next((s for e in chain if (s := getattr(getattr(e, "response", None), "status_code", None))), None)
     texts = " | ".join(str(error) for error in chain)
     constants = _huggingface_hub(pinned.dataset_id).constants
     if not pinned.reached and _unreachable(chain[0]):
-        home = Path(constants.HF_HOME)
+        why = (
+            "it is read as a stream, which is never kept" if asked.streaming else "it is not in the Hugging Face cache"
+        )
+        if not asked.streaming:
+            why += f" ({constants.HF_HOME})"
         if constants.is_offline_mode():
             return (
-                f"it is not in the Hugging Face cache ({home}), and HF_HUB_OFFLINE forbids to connect; "
-                f"unset HF_HUB_OFFLINE and run once with a connection, {_LEAVE_OUT}"
+                f"{why}, and HF_HUB_OFFLINE forbids to connect; unset it and run once with a connection, {_LEAVE_OUT}"
             )
         return (
-            f"the Hugging Face hub cannot be reached at {constants.ENDPOINT}, and it is not in the Hugging Face cache "
-            f"({home}); check the connection, {_LEAVE_OUT}"
+            f"the Hugging Face hub cannot be reached at {constants.ENDPOINT}, and {why}; "
+            f"check the connection, {_LEAVE_OUT}"
         )
     if "RevisionNotFoundError" in kinds or "Revision '" in texts:
         return f"the hub has no revision {pinned.commit!r} of it (any more); correct or unset revision in the settings"
@@ -220,7 +235,7 @@ def _problem(chain: list[BaseException], split: str | None, pinned: Pinned) -> s
         return f"the Hugging Face hub cannot be reached at {constants.ENDPOINT}; check the connection, {_LEAVE_OUT}"
     if kinds & {"ArrowInvalid", "ArrowException", "DatasetGenerationError", "JSONDecodeError"}:
         return (
-            f"a file of its {split} split cannot be read ({_first_line(chain[-1])}): it is damaged or cut short; "
+            f"a file of its {asked.split} split cannot be read ({_first_line(chain[-1])}): it is damaged or cut short; "
             f"delete its folder in {constants.HF_HUB_CACHE} and try again"
         )
     return f"it cannot be read: {type(chain[0]).__name__}: {_first_line(chain[0])}"
@@ -247,6 +262,7 @@ def _first_line(error: BaseException) -> str:
 def _huggingface_hub(dataset_id: str) -> ModuleType:
     try:
         import huggingface_hub
+        import huggingface_hub.constants  # not loaded by the line above
     except ImportError as error:
         raise HubError(_missing(dataset_id, error)) from error
     return huggingface_hub

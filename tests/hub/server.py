@@ -10,10 +10,11 @@ a CDN), for datasets and models. Faults are added and removed while it runs. It 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import socket
 import threading
-import time
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,8 +29,8 @@ _KINDS = {"datasets": "dataset", "models": "model"}
 class Fault:
     """What goes wrong with requests whose path contains `where`, at most `times` times.
 
-    `kind`: "truncate" closes the connection halfway, "stall" stops sending halfway for `seconds`, "short" sends half of
-    the file as if it were all, "corrupt" sends other bytes of the right size, "status" answers with `code`.
+    `kind`: "truncate" closes the connection halfway, "hang" sends nothing for `seconds`, "short" sends half of the file
+    as if it were all, "corrupt" sends other bytes of the right size, "status" answers with `code`.
     """
 
     kind: str
@@ -80,10 +81,9 @@ class LoopbackHub:
         class Handler(_Handler):
             served = hub
 
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", port), Handler) for port in self._ports]
+        self._servers = [_Server(("127.0.0.1", port), Handler) for port in self._ports]
         self._ports = [int(server.server_address[1]) for server in self._servers]
         for server in self._servers:
-            server.daemon_threads = True
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def stop(self) -> None:
@@ -92,6 +92,7 @@ class LoopbackHub:
         for server in self._servers:
             server.shutdown()
             server.server_close()
+            server.hang_up()
 
     def __enter__(self) -> Self:
         return self
@@ -122,6 +123,28 @@ class LoopbackHub:
         self._stopping.wait(seconds)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._open: set[socket.socket] = set()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def hang_up(self) -> None:
+        """Close connections that clients kept alive."""
+        for connection in list(self._open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     served: LoopbackHub
@@ -145,7 +168,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.served.requests.append(f"{self.command} {path}")
         fault = next((fault for fault in self.served.faults if fault.hits(self.command, path)), None)
         try:
-            if fault is not None and fault.kind == "status":
+            if fault is not None and fault.kind == "hang":
+                self.served.sleep(fault.seconds)
+                self.close_connection = True
+            elif fault is not None and fault.kind == "status":
                 self._error(fault.code, "", "a planned fault")
             elif path.startswith("/cdn/"):
                 self._file(self.served.blobs[path.removeprefix("/cdn/")], {}, fault)
@@ -252,11 +278,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if fault is not None and fault.kind in ("truncate", "stall"):
+        if fault is not None and fault.kind == "truncate":
             self.wfile.write(body[: len(body) // 2])
-            self.wfile.flush()
-            if fault.kind == "stall":
-                self.served.sleep(fault.seconds)
             self.close_connection = True
             return
         self.wfile.write(body)
@@ -283,11 +306,3 @@ def _tree(files: Mapping[str, bytes], folder: str, recursive: bool) -> list[dict
 
 def _git_oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def wait_until(true: Any, seconds: float = 10.0) -> None:
-    """Wait until `true()`; AssertionError if it stays false."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
