@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from niels_gpt.data import hub_cache
+
 Row = dict[str, Any]
 
 MOVED = {"wikitext": "Salesforce/wikitext"}  # old names that the hub redirects and `datasets` no longer accepts
@@ -76,6 +78,7 @@ def load(
     datasets = _datasets(dataset_id)
     pinned = pin(dataset_id, revision)
     asked = _Asked(f"{dataset_id} ({config})" if config else dataset_id, pinned, split, streaming)
+    prepared = streaming or hub_cache.is_prepared(datasets.config.HF_DATASETS_CACHE, config, pinned.commit)
     try:
         with _asking_only_if(pinned.reached, datasets):
             data = datasets.load_dataset(
@@ -83,11 +86,15 @@ def load(
             )
         if not streaming and data.cache_files:
             _check_commit(asked, Path(data.cache_files[0]["filename"]))
+        if not prepared:
+            _check_download(asked, datasets)
         if streaming and shuffle_buffer is not None:
             data = data.shuffle(seed=shuffle_seed, buffer_size=shuffle_buffer)
     except HubError:
         raise
     except Exception as error:
+        if not streaming:
+            _check_download(asked, datasets)  # what cannot be read may have been damaged on its way
         _explain(error, asked)
     return _rows(data, asked)
 
@@ -134,7 +141,8 @@ def _pin(dataset_id: str, revision: str | None) -> Pinned:
     try:
         found = from_hub.HfApi().dataset_info(moved, revision=revision, timeout=from_hub.constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:
-        commit = _downloaded_commit(from_hub, moved, revision) if _unreachable(error) else None
+        cache = from_hub.constants.HF_HUB_CACHE
+        commit = hub_cache.noted_commit(cache, moved, revision) if _unreachable(error) else None
         if commit is None:
             _explain(error, _Asked(dataset_id, Pinned(moved, revision or "main", False)))
         if not from_hub.constants.is_offline_mode():
@@ -150,15 +158,6 @@ def _remember(from_hub: ModuleType, dataset_id: str, revision: str | None) -> No
         from_hub.hf_hub_download(dataset_id, "README.md", repo_type="dataset", revision=revision)
     except Exception as error:  # only a note; what really fails will fail again when data is read
         _warn(f"{dataset_id}: its README could not be read ({type(error).__name__})")
-
-
-def _downloaded_commit(from_hub: ModuleType, dataset_id: str, revision: str | None) -> str | None:
-    """The commit that the Hugging Face cache last saw of a dataset, if any."""
-    folder = Path(from_hub.constants.HF_HUB_CACHE) / f"datasets--{dataset_id.replace('/', '--')}"
-    noted = folder / "refs" / (revision or "main")
-    if noted.is_file():
-        return noted.read_text(encoding="utf-8").strip()
-    return revision if revision and (folder / "snapshots" / revision).is_dir() else None
 
 
 @contextmanager
@@ -180,6 +179,17 @@ def _check_commit(asked: _Asked, file: Path) -> None:
         raise HubError(
             f"{asked.named}: commit {asked.pinned.commit[:7]} could not be read, the Hugging Face cache only has "
             f"{found[:7]}; try again with a connection, {_LEAVE_OUT}"
+        )
+
+
+def _check_download(asked: _Asked, datasets: ModuleType) -> None:
+    """Refuse, and remove, files whose hash is not that of the hub."""
+    cache, pinned = _huggingface_hub(asked.named).constants.HF_HUB_CACHE, asked.pinned
+    if damaged := hub_cache.remove_damaged(cache, pinned.dataset_id, pinned.commit):
+        hub_cache.remove_prepared(datasets.config.HF_DATASETS_CACHE, pinned.commit)
+        raise HubError(
+            f"{asked.named}: {', '.join(damaged[:3])} was damaged on its way (its hash is not the hub's) "
+            "and is removed; try again"
         )
 
 
@@ -235,8 +245,8 @@ def _problem(chain: list[BaseException], asked: _Asked) -> str:
         return f"the Hugging Face hub cannot be reached at {constants.ENDPOINT}; check the connection, {_LEAVE_OUT}"
     if kinds & {"ArrowInvalid", "ArrowException", "DatasetGenerationError", "JSONDecodeError"}:
         return (
-            f"a file of its {asked.split} split cannot be read ({_first_line(chain[-1])}): it is damaged or cut short; "
-            f"delete its folder in {constants.HF_HUB_CACHE} and try again"
+            f"a file of its {asked.split} split cannot be read ({_first_line(chain[-1])}); "
+            "try again, or set revision to an older commit of it"
         )
     return f"it cannot be read: {type(chain[0]).__name__}: {_first_line(chain[0])}"
 

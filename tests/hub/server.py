@@ -29,8 +29,9 @@ _KINDS = {"datasets": "dataset", "models": "model"}
 class Fault:
     """What goes wrong with requests whose path contains `where`, at most `times` times.
 
-    `kind`: "truncate" closes the connection halfway, "hang" sends nothing for `seconds`, "short" sends half of the file
-    as if it were all, "corrupt" sends other bytes of the right size, "status" answers with `code`.
+    `kind`: "truncate" closes the connection at the share `at` of the body, "hang" sends nothing for `seconds`, "short"
+    sends the share `at` of the file as if it were all, "corrupt" sends other bytes of the right size, "flip" one other
+    bit at `at`, "whole" the whole file whatever range was asked for, "status" answers with `code`.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Fault:
     method: str = "GET"
     code: int = 500
     seconds: float = 5.0
+    at: float = 0.5
     times: int = 1_000_000
 
     def hits(self, method: str, path: str) -> bool:
@@ -256,11 +258,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, content: bytes, headers: Mapping[str, str], fault: Fault | None) -> None:
         if fault is not None and fault.kind == "short":
-            content = content[: len(content) // 2]
+            content = content[: int(len(content) * fault.at)]
         if fault is not None and fault.kind == "corrupt":
             content = bytes(byte ^ 0x55 for byte in content)
+        if fault is not None and fault.kind == "flip":
+            spot = int(len(content) * fault.at)
+            content = content[:spot] + bytes([content[spot] ^ 1]) + content[spot + 1 :]
         status, about = 200, {**headers, "Accept-Ranges": "bytes"}
-        if (asked := self.headers.get("Range", "")).startswith("bytes="):
+        whole = fault is not None and fault.kind == "whole"
+        if (asked := self.headers.get("Range", "")).startswith("bytes=") and not whole:
             first, _, last = asked.removeprefix("bytes=").partition("-")
             total, start = len(content), int(first)
             end = min(int(last) + 1, total) if last else total
@@ -279,7 +285,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         if fault is not None and fault.kind == "truncate":
-            self.wfile.write(body[: len(body) // 2])
+            self.wfile.write(body[: int(len(body) * fault.at)])
             self.close_connection = True
             return
         self.wfile.write(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,11 +151,49 @@ def test_a_stream_that_breaks_off(online: Worker, faulty: list[Fault]) -> None:
     assert "splits: the hub is too slow" in one_line(online, **asked, timeout=0.2)
 
 
-def test_damaged_files(online: Worker, hub: LoopbackHub, faulty: list[Fault]) -> None:
+def test_damaged_files_are_refused_and_removed(online: Worker, hub: LoopbackHub, faulty: list[Fault]) -> None:
+    rows = samples.dolly_rows(200)
+    hub.publish("me/flipped", {"data/train.jsonl": samples.jsonl(rows)})
+    asked = {"do": "chats", "source": "dolly", "data": {"dolly": {"dataset_id": "me/flipped"}}}
+    faulty.append(Fault("flip", "/cdn/", at=0.49))
+    text = one_line(online, **asked)
+    assert "me/flipped: data/train.jsonl was damaged on its way (its hash is not the hub's) and is removed" in text
+    faulty[:] = [Fault("corrupt", "/cdn/")]  # no JSON any more
+    assert "me/flipped: data/train.jsonl was damaged on its way" in one_line(online, **asked)
+    faulty.clear()
+    assert [chat[1][1] for chat in online.ask(**asked)] == [row["response"] for row in rows]
+
     hub.publish("me/damaged", {"data/train.parquet": samples.parquet(samples.gutenberg_rows(20))})
     faulty.append(Fault("corrupt", "/cdn/"))
-    asked = {"do": "texts", "source": "gutenberg", "data": {"gutenberg": {"dataset_id": "me/damaged"}}}
-    assert "me/damaged: a file of its train split cannot be read" in one_line(online, **asked)
+    stream = {"do": "texts", "source": "gutenberg", "data": {"gutenberg": {"dataset_id": "me/damaged"}}}
+    assert "me/damaged: a file of its train split cannot be read" in one_line(online, **stream)
+
+
+def test_random_faults_give_the_right_rows_or_an_error(
+    online: Worker, hub: LoopbackHub, faulty: list[Fault], request: pytest.FixtureRequest
+) -> None:
+    rng = random.Random(11)
+    soak = request.config.getoption("--soak")
+    kinds = ("truncate", "truncate", "truncate", "whole", "short", "flip", "corrupt", "status")
+    outcomes: dict[str, int] = {"right": 0, "refused": 0}
+    for n in range(100 if soak else 12):
+        rows = samples.dolly_rows(80 + n)
+        name = f"me/random-{n}"
+        hub.publish(name, {"data/train.jsonl": samples.jsonl(rows)})
+        for _ in range(rng.randint(1, 2)):
+            code = rng.choice((404, 429, 429, 500, 503))
+            faulty.append(Fault(rng.choice(kinds), "/cdn/", code=code, at=rng.random(), times=rng.randint(1, 4)))
+        asked = {"do": "chats", "source": "dolly", "data": {"dolly": {"dataset_id": name}}}
+        wanted = [row["response"] for row in rows]
+        try:
+            assert [chat[1][1] for chat in online.ask(**asked)] == wanted, (n, faulty)
+            outcomes["right"] += 1
+        except Failed as error:
+            assert re.fullmatch(rf"HubError: {name}: [^\n]+", str(error)), (n, faulty)
+            outcomes["refused"] += 1
+        faulty.clear()
+        assert [chat[1][1] for chat in online.ask(**asked)] == wanted  # nothing wrong was left behind
+    assert all(outcomes.values()), outcomes
 
 
 def test_what_is_not_there(online: Worker, hub: LoopbackHub, faulty: list[Fault]) -> None:
