@@ -279,11 +279,15 @@ def _huggingface_hub(dataset_id: str) -> ModuleType:
 
 
 def _datasets(dataset_id: str) -> ModuleType:
-    """The library, imported only here since it takes seconds, with waits that end within a minute or so."""
+    """The library, imported only here since it takes a second, with waits that end, and bars for terminals only."""
     try:
         import datasets
+        import huggingface_hub.utils
     except ImportError as error:
         raise HubError(_missing(dataset_id, error)) from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
     datasets.config.STREAMING_READ_MAX_RETRIES = STREAM_RETRIES
     datasets.config.STREAMING_OPEN_MAX_RETRIES = STREAM_RETRIES
     datasets.config.STREAMING_READ_RETRY_INTERVAL = STREAM_RETRY_SECONDS

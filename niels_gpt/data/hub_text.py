@@ -52,16 +52,15 @@ def streamed(
 def describe_stream(chosen: FinewebEduSettings | GutenbergSettings, config: str | None, buffer: int) -> dict[str, Any]:
     """What the text of a stream depends on; the order of a shuffled one also depends on the library that shuffles."""
     shuffling = {
-        "shuffle_buffer": buffer,
-        "shuffle_seed": chosen.seed,
-        "shuffled_by": f"datasets {importlib.metadata.version('datasets')}",
+        "stream_buffer": buffer,
+        "stream_seed": chosen.seed,
+        "stream_shuffled_by": f"datasets {importlib.metadata.version('datasets')}",
     }
     return {
         **describe_rows(chosen, config),
         "split_rule": "val tokens first, remaining to train",
         "dataset_split": chosen.split,
-        "streaming": True,
-        **(shuffling if chosen.shuffle else {"shuffle_buffer": None}),
+        **(shuffling if chosen.shuffle else {"stream_buffer": None}),
     }
 
 

@@ -227,6 +227,7 @@ def test_five_thousand_bad_lines(tmp_path: Path, tiny_tokenizer: SentencePieceTo
     assert sorted([*kept, *reasons]) == present  # every line once, under its own number
     for number, messages in kept.items():
         assert json.loads(lines[number - 1].removeprefix(b"\xef\xbb\xbf")) == {"messages": messages}
+        assert "".join(message["content"] for message in messages).encode("utf-8") is not None  # no half surrogates
     assert len(kept) > 1500 and 5000 in reasons
     assert any("nested too deeply" in reason for reason in reasons.values())
 

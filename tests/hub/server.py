@@ -5,7 +5,8 @@
         ...  # a process with HF_ENDPOINT=hub.url
 
 Serves repository info, trees, path info and files (ETag, X-Repo-Commit, ranges; large files behind a redirect, as from
-a CDN), for datasets and models. Faults are added and removed while it runs. It never leaves this machine.
+a CDN), for datasets and models, and takes uploads from clients with a token (`uploads.py`; set HF_HUB_DISABLE_XET=1).
+Faults are added and removed while it runs. It never leaves this machine.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
+
+from tests.hub import uploads
 
 LFS_BYTES = 2048  # larger files are redirected to /cdn/, as LFS files are
 _KINDS = {"datasets": "dataset", "models": "model"}
@@ -160,6 +163,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
@@ -175,6 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
             elif fault is not None and fault.kind == "status":
                 self._error(fault.code, "", "a planned fault")
+            elif (taken := uploads.take(self.served, self.command, path, self.headers, body)) is not None:
+                self._send(taken[0], json.dumps(taken[1]).encode(), {"Content-Type": "application/json"})
             elif path.startswith("/cdn/"):
                 self._file(self.served.blobs[path.removeprefix("/cdn/")], {}, fault)
             elif path.startswith("/api/"):

@@ -79,8 +79,8 @@ def test_streams_are_shuffled_by_their_seed(online: Worker, hub: LoopbackHub) ->
     assert shuffled != pages and sorted(shuffled) == sorted(pages) and shuffled == read() != read(seed=1)
     assert read(max_examples=7) == shuffled[:7]
     about = [online.ask(do="describe", source="fineweb_edu", data={"fineweb_edu": {"seed": s}}) for s in (42, 42, 1)]
-    assert about[0] == about[1] != about[2] and about[0]["shuffle_buffer"] == 10_000
-    assert about[0]["dataset_revision"] == hub.shas[samples.FINEWEB] and about[0]["streaming"]
+    assert about[0] == about[1] != about[2] and about[0]["stream_buffer"] == 10_000
+    assert about[0]["dataset_revision"] == hub.shas[samples.FINEWEB]
     books = online.ask(do="texts", source="gutenberg")
     assert sorted(books) == sorted(row["text"] for row in samples.gutenberg_rows(12)) and books[0][:4] == "BOOK"
 
@@ -118,6 +118,17 @@ def test_smoke_loaders_pass_and_fail(online: Worker, faulty: list[Fault]) -> Non
     assert online.ask(do="smoke") == 1
     assert online.said.count("PASS") == 4 and "FAIL gutenberg" in online.said
     assert "the hub answers with an error (503); try again later" in online.said
+
+
+def test_uploads_come_back(online: Worker, hub: LoopbackHub) -> None:
+    for size in (10, 300_000):
+        content = random.Random(size).randbytes(size)
+        told = {"do": "round_trip", "name": "me/model", "path": f"{size}.pt", "content": content.hex()}
+        sent, received, back = online.ask(**told, token="hf_test")
+        assert sent == received == hub.repositories["model", "me/model"].find("main") and back == content.hex()
+    assert set(hub.repositories["model", "me/model"].commits[sent]) == {"10.pt", "300000.pt"}
+    with pytest.raises(Failed, match="401"):
+        online.ask(**told, token="")
 
 
 # What goes wrong

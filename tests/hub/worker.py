@@ -39,7 +39,13 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**inherited, **settings, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"},
+            env={
+                **inherited,
+                **settings,
+                "PYTHONPATH": str(ROOT),
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_HUB_DISABLE_XET": "1",
+            },
         )
 
     def ask(self, **question: Any) -> Any:
@@ -57,7 +63,7 @@ class Worker:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        assert self._process.wait(timeout=60) == 0, "the worker did not end well"
 
 
 def _answer(question: dict[str, Any]) -> Any:
@@ -73,6 +79,8 @@ def _answer(question: dict[str, Any]) -> Any:
         hub.forget()
     settings = validate_overrides({"data": question.get("data", {}), **question.get("settings", {})})
     take = question.get("take")
+    if question["do"] == "round_trip":
+        return _round_trip(question["name"], question["path"], bytes.fromhex(question["content"]), question["token"])
     if question["do"] == "smoke":
         from scripts import smoke_loaders
 
@@ -85,6 +93,17 @@ def _answer(question: dict[str, Any]) -> Any:
         return [document.text for document in itertools.islice(found, take)]
     chats = itertools.islice(source.chats(settings, "all"), take)
     return [[(message.role, message.content) for message in chat.messages] for chat in chats]
+
+
+def _round_trip(name: str, path: str, content: bytes, token: str) -> list[str]:
+    """Upload a file to a new model repository and download it again: the commit of both, and what came back, as hex."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    api = HfApi(token=token or False)
+    api.create_repo(name, exist_ok=True)
+    commit = api.upload_file(path_or_fileobj=content, path_in_repo=path, repo_id=name)
+    back = Path(hf_hub_download(name, path))
+    return [commit.oid, back.parent.name, back.read_bytes().hex()]
 
 
 def _serve() -> None:
