@@ -142,7 +142,8 @@ def _pin(dataset_id: str, revision: str | None) -> Pinned:
         found = from_hub.HfApi().dataset_info(moved, revision=revision, timeout=from_hub.constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:
         cache = from_hub.constants.HF_HUB_CACHE
-        commit = hub_cache.noted_commit(cache, moved, revision) if _unreachable(error) else None
+        down = _unreachable(error) or _status(error) >= 500
+        commit = hub_cache.noted_commit(cache, moved, revision) if down else None
         if commit is None:
             _explain(error, _Asked(dataset_id, Pinned(moved, revision or "main", False)))
         if not from_hub.constants.is_offline_mode():
@@ -203,25 +204,11 @@ def _explain(error: Exception, asked: _Asked) -> NoReturn:
 
 
 def _problem(chain: list[BaseException], asked: _Asked) -> str:
-    pinned = asked.pinned
+    pinned, status = asked.pinned, _status(chain[0])
     kinds = {kind.__name__ for error in chain for kind in type(error).__mro__}
-    status = next((s for e in chain if (s := getattr(getattr(e, "response", None), "status_code", None))), None)
     texts = " | ".join(str(error) for error in chain)
-    constants = _huggingface_hub(pinned.dataset_id).constants
     if not pinned.reached and _unreachable(chain[0]):
-        why = (
-            "it is read as a stream, which is never kept" if asked.streaming else "it is not in the Hugging Face cache"
-        )
-        if not asked.streaming:
-            why += f" ({constants.HF_HOME})"
-        if constants.is_offline_mode():
-            return (
-                f"{why}, and HF_HUB_OFFLINE forbids to connect; unset it and run once with a connection, {_LEAVE_OUT}"
-            )
-        return (
-            f"the Hugging Face hub cannot be reached at {constants.ENDPOINT}, and {why}; "
-            f"check the connection, {_LEAVE_OUT}"
-        )
+        return _out_of_reach(asked)
     if "RevisionNotFoundError" in kinds or "Revision '" in texts:
         return f"the hub has no revision {pinned.commit!r} of it (any more); correct or unset revision in the settings"
     if "GatedRepoError" in kinds or "gated dataset" in texts:
@@ -232,7 +219,7 @@ def _problem(chain: list[BaseException], asked: _Asked) -> str:
         return f"no such split or configuration ({_first_line(chain[0])}); correct them in the settings"
     if status == 429:
         return "the hub asks for fewer requests (429); wait some minutes and try again, or log in with: hf auth login"
-    if status is not None and status >= 500:
+    if status >= 500:
         return f"the hub answers with an error ({status}); try again later"
     if kinds & {"TimeoutException", "TimeoutError", "ReadTimeout", "ConnectTimeout"} or "timed out" in texts:
         return (
@@ -242,13 +229,31 @@ def _problem(chain: list[BaseException], asked: _Asked) -> str:
     if "Consistency check failed" in texts or kinds & {"RemoteProtocolError", "ReadError", "IncompleteRead"}:
         return "the download broke off before its end; try again (what is downloaded is kept)"
     if _unreachable(chain[0]):
-        return f"the Hugging Face hub cannot be reached at {constants.ENDPOINT}; check the connection, {_LEAVE_OUT}"
+        endpoint = _huggingface_hub(asked.named).constants.ENDPOINT
+        return f"the Hugging Face hub cannot be reached any more at {endpoint}; check the connection and try again"
     if kinds & {"ArrowInvalid", "ArrowException", "DatasetGenerationError", "JSONDecodeError"}:
         return (
             f"a file of its {asked.split} split cannot be read ({_first_line(chain[-1])}); "
             "try again, or set revision to an older commit of it"
         )
     return f"it cannot be read: {type(chain[0]).__name__}: {_first_line(chain[0])}"
+
+
+def _out_of_reach(asked: _Asked) -> str:
+    constants = _huggingface_hub(asked.named).constants
+    missing = f"it is not in the Hugging Face cache ({constants.HF_HOME})"
+    why = "it is read as a stream, which is never kept" if asked.streaming else missing
+    if constants.is_offline_mode():
+        return f"{why}, and HF_HUB_OFFLINE forbids to connect; unset it and run once with a connection, {_LEAVE_OUT}"
+    return (
+        f"the Hugging Face hub cannot be reached at {constants.ENDPOINT}, and {why}; check the connection, {_LEAVE_OUT}"
+    )
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status that an error is about, 0 if none."""
+    found = (getattr(getattr(e, "response", None), "status_code", None) for e in _chain(error))
+    return next((status for status in found if status), 0)
 
 
 def _unreachable(error: BaseException) -> bool:

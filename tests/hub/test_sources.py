@@ -117,7 +117,7 @@ def test_smoke_loaders_pass_and_fail(online: Worker, faulty: list[Fault]) -> Non
     faulty.append(Fault("status", "gutenberg", code=503))
     assert online.ask(do="smoke") == 1
     assert online.said.count("PASS") == 4 and "FAIL gutenberg" in online.said
-    assert "the hub answers with an error (503); try again later" in online.said
+    assert "and it is read as a stream, which is never kept; check the connection" in online.said
 
 
 def test_uploads_come_back(online: Worker, hub: LoopbackHub) -> None:
@@ -243,6 +243,15 @@ def test_a_changed_data_set_changes_its_description(online: Worker, hub: Loopbac
     assert online.ask(do="texts", source="wikitext", split="val") != old
     pinned = {"wikitext": {"revision": before["dataset_revision"]}}
     assert online.ask(do="texts", source="wikitext", split="val", data=pinned) == old
+
+
+def test_a_hub_that_is_down_leaves_what_was_downloaded(online: Worker, faulty: list[Fault]) -> None:
+    told = {"do": "chats", "source": "dolly"}
+    known = online.ask(**told)
+    faulty.append(Fault("status", "/api/", code=502))
+    assert online.ask(**told) == known
+    assert "the Hugging Face hub cannot be reached; reading what was downloaded" in online.said
+    assert "the hub answers with an error (502)" in one_line(online, **told, data={"dolly": {"dataset_id": "me/no"}})
 
 
 def test_without_a_connection(online: Worker, hub: LoopbackHub, home: Path) -> None:
