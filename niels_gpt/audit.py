@@ -39,13 +39,7 @@ COMMON_NAMES = frozenset({"type", "name", "path", "config", "split", "shuffle", 
 AWAITED: tuple[str, ...] = (
     "data.caches.streams_token_cache",
     "data.streams",
-    "data.wikitext",
-    "data.fineweb_edu",
-    "data.gutenberg",
-    "data.dolly",
-    "data.oasst1",
     "benchmark",
-    "reproducibility.dataset_shuffle_buffer_size",
 )
 # Records that carry a section's values under the same field names.
 OTHER_NAMES = {"training": ("train_cfg", "TrainConfig"), "model": ("model_cfg", "ModelConfig", "arch", "Architecture")}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
+os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "niels-gpt-tests-no-hub-cache")  # not the user's
 
 import pytest
 import torch

@@ -128,7 +128,7 @@ def test_validators_and_legacy_names_do_not_count_as_reading() -> None:
 def test_knobs_are_the_leaves_of_the_tree() -> None:
     knobs = {knob.path: knob.owner for knob in audit.knobs()}
     assert knobs["training.sft.base_lr"] == knobs["training.pretrain.base_lr"] == "PhaseSettings"
-    assert knobs["data.wikitext.max_bytes"] == "HubTextSettings"
+    assert knobs["data.wikitext.max_bytes"] == "LimitedSettings"
     assert "data" not in knobs and "data.mix_sft" in knobs
 
 

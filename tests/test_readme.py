@@ -18,7 +18,8 @@ def test_the_map_has_every_file_and_no_other() -> None:
     listed = re.findall(r"^\| `([\w/.]+\.py)` \|", README, flags=re.MULTILINE)
     package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "niels_gpt").rglob("*.py") if p.name != "__init__.py"}
     tools = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tools").glob("*.py")}
-    assert sorted(listed) == sorted(package | tools)
+    scripts = {p.relative_to(ROOT).as_posix() for p in (ROOT / "scripts").glob("*.py") if p.name != "__init__.py"}
+    assert sorted(listed) == sorted(package | tools | scripts)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

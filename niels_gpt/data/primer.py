@@ -17,6 +17,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 DIALOGUE_DELIMITER = "\n\n<dialogue>\n\n"
 ROLES = ("system", "user", "assistant")
@@ -24,6 +25,7 @@ ROLES = ("system", "user", "assistant")
 Message = dict[str, str]
 Dialogue = list[Message]
 
+_SHOWN = 60  # characters of a name in a message
 _UTF8_BOM = b"\xef\xbb\xbf"
 _TAG_INSIDE = re.compile(r"\b(?:system|user|assistant):|<\||<dialogue>", re.IGNORECASE)
 
@@ -142,6 +144,14 @@ def parse_chat_line(line: bytes) -> Dialogue:
     Raises:
         ValueError: the reason, without a line number (the caller knows it).
     """
+    example = decode_line(line)
+    if "messages" not in example:
+        raise ValueError("the key 'messages' is missing")
+    return check_messages(example["messages"])
+
+
+def decode_line(line: bytes) -> dict[str, Any]:
+    """The JSON object of one line; ValueError, the reason, if it is none."""
     try:
         example = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -153,12 +163,14 @@ def parse_chat_line(line: bytes) -> Dialogue:
     except ValueError as error:  # an integer of thousands of digits is refused by int(), not by the JSON parser
         raise ValueError(f"not valid JSON for a chat: {error}") from error
     if not isinstance(example, dict):
-        raise ValueError(f"expected a JSON object with 'messages', found {_json_name(example)}")
-    if "messages" not in example:
-        raise ValueError("the key 'messages' is missing")
-    messages = example["messages"]
+        raise ValueError(f"expected a JSON object with 'messages', found {json_name(example)}")
+    return example
+
+
+def check_messages(messages: object) -> Dialogue:
+    """The messages themselves, if they are a chat to learn from; ValueError, the reason, otherwise."""
     if not isinstance(messages, list):
-        raise ValueError(f"'messages' must be a list, found {_json_name(messages)}")
+        raise ValueError(f"'messages' must be a list, found {json_name(messages)}")
     if not messages:
         raise ValueError("'messages' must not be empty")
     for index, message in enumerate(messages):
@@ -170,23 +182,36 @@ def parse_chat_line(line: bytes) -> Dialogue:
 
 def _check_message(message: object, name: str) -> None:
     if not isinstance(message, dict):
-        raise ValueError(f"{name} must be an object, found {_json_name(message)}")
+        raise ValueError(f"{name} must be an object, found {json_name(message)}")
     if set(message) != {"role", "content"}:
-        found = ", ".join(ascii(key) for key in sorted(message)) or "none"
+        found = names_of(message)
         raise ValueError(f"{name} must have exactly the keys 'role' and 'content', found {found}")
     role, content = message["role"], message["content"]
     if role not in ROLES:
-        shown = ascii(role) if isinstance(role, str) else _json_name(role)
+        shown = ascii(role)[:_SHOWN] if isinstance(role, str) else json_name(role)
         raise ValueError(f"{name}: role must be one of {', '.join(ROLES)}, found {shown}")
     if not isinstance(content, str):
-        raise ValueError(f"{name}: content must be a string, found {_json_name(content)}")
+        raise ValueError(f"{name}: content must be a string, found {json_name(content)}")
     try:
         content.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"{name}: content holds half of a surrogate pair (character {error.start + 1})") from error
 
 
-def _json_name(value: object) -> str:
+def kind_of(reason: str) -> str:
+    """A reason without what is particular to its line, for counting."""
+    general = re.sub(r"^messages\[\d+\]( |: )", lambda found: "a message" + ("'s " if ":" in found[1] else " "), reason)
+    return re.split(r": |, found | \(", general, maxsplit=1)[0]
+
+
+def names_of(example: dict[str, Any]) -> str:
+    """The keys of a JSON object, in a few words."""
+    shown = [ascii(key)[:_SHOWN] for key in sorted(example)[:8]]
+    return ", ".join(shown + (["..."] if len(example) > 8 else [])) or "none"
+
+
+def json_name(value: object) -> str:
+    """What a JSON value is, in words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -194,21 +219,28 @@ def _json_name(value: object) -> str:
 def iter_chat_jsonl_lenient(path: str | os.PathLike[str]) -> Iterator[tuple[int, Dialogue | None, str | None]]:
     """Yield `(line_number, messages, None)` for every good line and `(line_number, None, reason)` for every bad one.
 
-    For builders that drop bad examples and count them. Blank lines are skipped, a leading byte order mark is ignored,
-    and lines are read one at a time, so the file may be larger than memory.
+    For builders that drop bad examples and count them.
+    """
+    for number, line in lines_of(path):
+        try:
+            messages = parse_chat_line(line)
+        except ValueError as error:
+            yield number, None, str(error)
+        else:
+            yield number, messages, None
+
+
+def lines_of(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, content) of every line that is not blank, without its end and a leading byte order mark.
+
+    Lines are read one at a time, so the file may be larger than memory.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
                 line = line.removeprefix(_UTF8_BOM)
-            if not line.strip():
-                continue
-            try:
-                messages = parse_chat_line(line.rstrip(b"\r\n"))
-            except ValueError as error:
-                yield number, None, str(error)
-            else:
-                yield number, messages, None
+            if line.strip():
+                yield number, line.rstrip(b"\r\n")
 
 
 def read_chat_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, Dialogue]]:

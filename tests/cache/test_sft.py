@@ -153,7 +153,7 @@ def test_a_mix_opens_with_its_weights(
     assert open_mix(settings, tiny_tokenizer, "train")[1] == pytest.approx({"primer": 0.4, "oasst1": 0.6})
     assert open_mix(settings, tiny_tokenizer, "val")[1] == {"primer": 1.0}
     assert "warning: oasst1 is left out of the val mix" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="oasst1 arrives with"):
+    with pytest.raises(OSError, match="oasst1: it is not in the Hugging Face cache"):
         build_sft(settings, tiny_tokenizer, "oasst1", root=root, **options)
 
 

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from niels_gpt.data import primer_source, roam, text
-from niels_gpt.data.registry import ALIASES, PLANNED, SOURCES, get_source, is_optional
+from niels_gpt.data.registry import ALIASES, SOURCES, get_source, is_optional
 from niels_gpt.settings import PRETRAIN_SOURCES, SFT_SOURCES, Settings, validate_overrides
 from tests.reference import BUNDLE, needs_bundle
 
@@ -35,25 +36,37 @@ def texts(source: str, settings: Settings, split: str) -> list[str]:
 # The table
 
 
-def test_every_name_of_a_mix_is_a_source_or_planned() -> None:
-    assert {*SOURCES, *PLANNED} == {*PRETRAIN_SOURCES, *SFT_SOURCES}
+def test_every_name_of_a_mix_is_a_source() -> None:
+    assert set(SOURCES) == {*PRETRAIN_SOURCES, *SFT_SOURCES}
     for name, source in SOURCES.items():
-        assert source.name == name
-        assert (source.documents is not None) == (name in PRETRAIN_SOURCES)
+        assert source.name == name and not (source.documents and source.stream)
+        assert (source.documents is not None or source.stream is not None) == (name in PRETRAIN_SOURCES)
         assert (source.chats is not None) == (name in SFT_SOURCES)
     assert is_optional("roam") and not is_optional("wikitext")
 
 
-def test_unknown_and_planned_sources_are_refused_with_what_there_is() -> None:
-    with pytest.raises(ValueError, match="unknown source 'wikipedia'; sources are chitchat, primer, roam, text"):
+def test_the_published_sources_have_no_separators() -> None:
+    assert {name for name, source in SOURCES.items() if not source.ends_documents} == {
+        "wikitext",
+        "fineweb_edu",
+        "gutenberg",
+    }
+
+
+@needs_bundle
+def test_the_reference_caches_have_no_separators() -> None:
+    for name in ("wikitext", "fineweb_edu"):
+        meta = json.loads((BUNDLE / f"v2/cache/pretrain/{name}/meta.json").read_text())
+        ends = {meta["special_token_ids"]["eot"], 2}  # the end of a turn, and SentencePiece's end of text
+        for shard in sorted((BUNDLE / f"v2/cache/pretrain/{name}").glob("*/*.bin")):
+            assert not ends & set(np.fromfile(shard, "<u2").tolist()), shard
+
+
+def test_unknown_sources_are_refused_with_what_there_is() -> None:
+    with pytest.raises(ValueError, match="unknown source 'wikipedia'; sources are chitchat, dolly15k, fineweb_edu, "):
         get_source("wikipedia")
     for alias, name in ALIASES.items():
-        for given in (alias, name):
-            if name in PLANNED:
-                with pytest.raises(ValueError, match=f"the source {name} arrives with the Hugging Face sources"):
-                    get_source(given)
-            else:
-                assert get_source(given).name == name
+        assert get_source(alias) is get_source(name) and get_source(name).name == name
 
 
 def test_descriptions_are_json_and_change_with_the_data(tmp_path: Path) -> None:
