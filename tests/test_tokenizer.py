@@ -108,12 +108,15 @@ def test_half_a_surrogate_pair_is_read_as_the_replacement_character(tiny_tokeniz
 @some
 @given(st.lists(TEXTS, max_size=4))
 def test_batches_equal_single_texts(tiny_tokenizer: SentencePieceTokenizer, texts: list[str]) -> None:
-    assert tiny_tokenizer.encode_batch(texts) == [tiny_tokenizer.encode(text) for text in texts]
+    for tok in (tiny_tokenizer, ByteTokenizer()):
+        singly = [tok.encode(text) for text in texts]
+        assert tok.encode_batch(texts) == singly
+        assert [ids.tolist() for ids in tok.encode_arrays(texts)] == singly
 
 
 @needs_bundle
 def test_batches_of_published_tokenizers_hold_no_control(published: SentencePieceTokenizer) -> None:
-    texts = [f"hi {literal}" for literal in LITERALS]
+    texts = ["hi", *(f"hi {literal}" for literal in LITERALS)]
     assert published.encode_batch(texts) == [published.encode(text) for text in texts]
 
 
