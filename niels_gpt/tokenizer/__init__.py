@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from niels_gpt.tokenizer.contract import Device, Ids, TextStream, Tokenizer
-from niels_gpt.tokenizer.models import ByteTokenizer, SentencePieceTokenizer
+from niels_gpt.tokenizer.models import ByteTokenizer, SentencePieceTokenizer, missing_tokenizer
 from niels_gpt.tokenizer.training import MODEL_TYPES, train_tokenizer
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "encode",
     "get_default_tokenizer",
     "load_tokenizer",
+    "missing_tokenizer",
     "train_tokenizer",
 ]
 
@@ -46,8 +47,10 @@ def load_tokenizer(
 
 def get_default_tokenizer() -> SentencePieceTokenizer:
     """The tokenizer at `DEFAULT_TOKENIZER_PATH` (read anew when the file changed); FileNotFoundError if none."""
+    if not DEFAULT_TOKENIZER_PATH.is_file():
+        raise FileNotFoundError(missing_tokenizer(DEFAULT_TOKENIZER_PATH))
     path = DEFAULT_TOKENIZER_PATH.resolve()
-    return _load_once(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    return _load_once(path, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1)

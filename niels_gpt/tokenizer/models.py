@@ -39,7 +39,7 @@ class SentencePieceTokenizer:
     ) -> None:
         path = Path(model_path)
         if not path.is_file():
-            raise FileNotFoundError(f"there is no tokenizer model {path}; `niels-gpt quickstart` makes one")
+            raise FileNotFoundError(missing_tokenizer(path))
         self._load(path.read_bytes(), str(path), special_tokens, expected_special_token_ids)
         self.model_path: Path | None = path
 
@@ -178,6 +178,17 @@ class ByteTokenizer:
         return {}
 
 
+def missing_tokenizer(path: Path, vocab_size: int | None = None) -> str:
+    """What to tell people when there is no tokenizer at `path`: the command that makes it, offline."""
+    where = f" --out_dir {path.parent}" if path.name == "spm.model" else ""
+    size = "" if vocab_size is None else f" --vocab_size {vocab_size}"
+    return (
+        f"there is no tokenizer model {path}; make it from text that comes with the installation: "
+        f"niels-gpt tokenizer --source chitchat --source primer{size}{where} "
+        "(or from the mix of your config: niels-gpt tokenizer --config FILE)"
+    )
+
+
 def _find_sentinels(
     sp: sentencepiece.SentencePieceProcessor,
     special_tokens: dict[str, str],
@@ -190,7 +201,7 @@ def _find_sentinels(
         if sp.is_unknown(token_id):
             raise ValueError(
                 f"the special token {key!r} must encode to exactly one piece id, but {literal} is not in the "
-                f"vocabulary of {name}; `niels-gpt quickstart` makes a tokenizer that fits"
+                f"vocabulary of {name}; `niels-gpt tokenizer` makes a tokenizer that fits"
             )
         if expected_ids is not None and expected_ids.get(key) != token_id:
             raise ValueError(

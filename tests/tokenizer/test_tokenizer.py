@@ -241,10 +241,13 @@ def test_load_refuses_other_files(tmp_path: Path, content: bytes) -> None:
 
 
 def test_load_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer model .*nowhere\.model; .*makes one"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer model .*nowhere\.model; make it .*"):
         load_tokenizer(tmp_path / "nowhere.model")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="quickstart` makes one"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"niels-gpt tokenizer --source chitchat --source primer --out_dir artifacts/tokenizer/v2 ",
+    ):
         tokenizer.encode("hi")
 
 
