@@ -37,8 +37,6 @@ SENTINEL_PREFIX = SPECIAL_TOKENS["sys"].partition("sys")[0]
 COMMON_NAMES = frozenset({"type", "name", "path", "config", "split", "shuffle", "optimizer"})
 # Knobs and sections whose readers are still to be written. A name goes from here when all of it is read.
 AWAITED: tuple[str, ...] = (
-    "data.caches.streams_token_cache",
-    "data.streams",
     "data.wikitext",
     "data.fineweb_edu",
     "data.gutenberg",

@@ -23,7 +23,7 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
         "cache.folder",
         "cache.integrity",
     ),
-    3: ("chat_format", "streams", "cache", "checkpoint", "infer"),
+    3: ("chat_format", "streams", "mixes", "cache", "checkpoint", "infer"),
     4: ("eval", "generate", "chat", "recall", "summary"),
     5: ("train", "chat_cli", "cache.cli", "quickstart", "cli", "settings.doc", "audit", "tokenizer.train_cli"),
 }

@@ -24,7 +24,8 @@ BYTE_VOCABULARY = 256
 PretrainSource = Literal["wikitext", "fineweb_edu", "gutenberg", "roam", "chitchat", "primer", "text", "wiki_summaries"]
 PRETRAIN_SOURCES: tuple[str, ...] = get_args(PretrainSource)
 SFT_SOURCES = ("dolly15k", "oasst1", "primer", "chitchat")
-StreamSources = Annotated[tuple[Literal["wiki", "roam", "primer"], ...], Strict(False)]
+StreamSource = Literal["wiki", "roam", "primer", "chitchat", "text", "wiki_summaries"]
+StreamSources = Annotated[tuple[StreamSource, ...], Strict(False)]
 
 
 class SpecialTokenIds(Section):
@@ -63,8 +64,8 @@ class CacheSettings(Section):
 
 
 class StreamSettings(Section):
-    enabled_sources: StreamSources = knob(("wiki", "roam", "primer"), "byte streams to build")
-    required_sources: StreamSources = knob(("wiki", "roam", "primer"), "streams that must exist")
+    enabled_sources: StreamSources | None = knob(None, "byte streams to build; null = those of mix_pretrain")
+    required_sources: StreamSources | None = knob(None, "streams that must exist; null = all enabled ones but roam")
     allow_missing_sources: bool = knob(False, "go on without required sources that are missing")
 
 
