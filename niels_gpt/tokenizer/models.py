@@ -137,6 +137,10 @@ class SentencePieceTokenizer:
         piece: str = self._sp.id_to_piece(checked([token_id], self.vocab_size)[0])
         return piece
 
+    def is_byte(self, token_id: int) -> bool:
+        """Whether the id stands for one byte of a character that no piece holds."""
+        return bool(self._sp.is_byte(checked([token_id], self.vocab_size)[0]))
+
     def token_bytes(self, token_id: int) -> bytes:
         return self._bytes[checked([token_id], self.vocab_size)[0]]
 
