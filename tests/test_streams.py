@@ -290,12 +290,14 @@ def test_the_settings_choose_what_may_be_missing() -> None:
     overrides = byte_overrides()
     overrides["data"] |= {  # type: ignore[operator]
         "primer": {"path": "gone.txt"},
-        "mix_pretrain": {"primer": 0.5, "chitchat": 0.5},
+        "text": {"root_dir": "notes", "val_frac": 0.5},
+        "mix_pretrain": {"primer": 0.5, "text": 0.5},
         "streams": {"required_sources": [], "enabled_sources": ["primer", "roam"]},
     }
     with pytest.raises(ValueError, match="is without a byte stream; streams are roam"):
         open_mixes(validate_overrides(overrides), ByteTokenizer(), 64)
     overrides["data"]["streams"] = {"allow_missing_sources": True}  # type: ignore[index]
-    pytest.importorskip("chitchat_dataset")
-    with pytest.raises(ValueError, match="the validation source primer is without a byte stream"):
+    with pytest.raises(ValueError, match="the validation source primer is without a byte stream; streams are text"):
         open_mixes(validate_overrides(overrides), ByteTokenizer(), 64)
+    overrides["data"]["val_pretrain_source"] = "text"  # type: ignore[index]
+    assert open_mixes(validate_overrides(overrides), ByteTokenizer(), 64)["train"][1] == {"text": 1.0}

@@ -99,6 +99,12 @@ def _train(args: argparse.Namespace) -> int:
         )
     tokenizer = load_tokenizer(out_dir / "spm.model")
     _say(tokenizer, corpora, out_dir, before, time.monotonic() - began)
+    if tokenizer.vocab_size > settings.model.V:
+        print(
+            f"warning: {tokenizer.vocab_size} pieces are more than model.V={settings.model.V}: "
+            f"set model.V to {tokenizer.vocab_size} or more to train with this tokenizer",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -46,6 +46,14 @@ def published() -> SentencePieceTokenizer:
     return load_tokenizer(PUBLISHED, SPECIAL_TOKEN_IDS)
 
 
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
+    """500 pieces of the shipped primer, by the other method."""
+    text = (Path(__file__).resolve().parents[2] / "data" / "primer.txt").read_text(encoding="utf-8")
+    folder = tmp_path_factory.mktemp("unigram")
+    return load_tokenizer(train_tokenizer([text], folder, vocab_size=500, model_type="unigram"), SPECIAL_TOKEN_IDS)
+
+
 # no text is lost, no text is control
 
 
@@ -57,6 +65,16 @@ def test_new_tokenizers_are_lossless_and_text_is_never_control(
     ids = tiny_tokenizer.encode(text)
     assert tiny_tokenizer.decode(ids) == text
     assert CONTROL.isdisjoint(ids)
+
+
+@some
+@given(TEXTS)
+def test_unigram_tokenizers_are_lossless_too(unigram: SentencePieceTokenizer, text: str) -> None:
+    ids = unigram.encode(text)
+    assert unigram.decode(ids) == text
+    assert CONTROL.isdisjoint(ids)
+    assert unigram.encode_batch([text, "", text]) == [ids, [], ids]
+    check_stream(unigram, ids)
 
 
 @some

@@ -94,6 +94,15 @@ def test_a_config_says_text_size_and_place(folder: Path) -> None:
     assert files.read_json("kept/here/tokenizer_meta.json")["dataset_sources"][0]["source"] == "primer"
 
 
+def test_a_vocabulary_above_the_models_is_warned_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files.write_json(folder / "small.json", {"model": {"V": 285}, "tokenizer": {"vocab_size": 285}})
+    glob = ("--input_glob", "texts/*.txt", "--config", "small.json")
+    assert train(*glob, vocab=290) == 0
+    assert "warning: 290 pieces are more than model.V=285: set model.V to 290" in capsys.readouterr().err
+    assert train(*glob, vocab=285) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_the_command_of_the_error_makes_the_default_tokenizer_offline(capsys: pytest.CaptureFixture[str]) -> None:
     """What a stranger is told to run, run word for word (with less text, to be quick)."""
     tokenizer = default_settings().tokenizer
