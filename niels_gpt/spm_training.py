@@ -1,6 +1,6 @@
 """The one way this project runs the SentencePiece trainer: options, and its errors in words for people.
 
-Text in, model bytes out; `tokenizer.train_tokenizer` adds the checks and the files.
+Text in, model bytes out; `tokenizer/training.py` adds the checks and the files.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def _in_words(message: str, vocab_size: int) -> str:
     return f"SentencePiece cannot train on this text: {message}"
 
 
-def vocab_table(sp: sentencepiece.SentencePieceProcessor) -> str:
+def vocab_table(model: bytes) -> str:
     """One `piece<tab>score` line per id, for people; a piece with a line break or a tab is escaped."""
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = (sp.id_to_piece(i) for i in range(sp.get_piece_size()))
     shown = (piece if piece.isprintable() else ascii(piece)[1:-1] for piece in pieces)
     return "".join(f"{piece}\t{sp.get_score(i):g}\n" for i, piece in enumerate(shown))

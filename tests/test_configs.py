@@ -8,10 +8,12 @@ import pytest
 
 from niels_gpt import files
 from niels_gpt.config import V1
+from niels_gpt.data import registry
+from niels_gpt.mixes import stream_config
 from niels_gpt.settings import PHASES, resolve_settings
 
 ROOT = Path(__file__).resolve().parents[1]
-PIPELINES = ("pipeline",)
+PIPELINES = ("pipeline", "offline_pipeline")
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if path.stem not in PIPELINES)
 NAMED_IN_THE_SPEC = {"smoke", "train", "pretrain", "sft", "pipeline", "pretrain_smoke"}
 
@@ -39,8 +41,9 @@ def test_it_says_why_it_exists(path: Path) -> None:
     assert next(iter(config)) == "_why" and len(config["_why"]) > 20
 
 
-def test_pipeline_names_configs_of_one_model() -> None:
-    pipeline = files.read_json(ROOT / "configs" / "pipeline.json")
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipeline_names_configs_of_one_model(name: str) -> None:
+    pipeline = files.read_json(ROOT / "configs" / f"{name}.json")
     assert set(pipeline) == {"pretrain_config_path", "sft_config_path"}
     pretrain = resolve_settings("pretrain", pipeline["pretrain_config_path"])
     sft = resolve_settings("sft", pipeline["sft_config_path"])
@@ -62,3 +65,26 @@ def test_what_the_spec_says_of_each() -> None:
     tiny = resolve_settings("pretrain", ROOT / "configs" / "pretrain_smoke.json")
     assert tiny.train_cfg.total_steps == 2 and tiny.settings.tokenizer.vocab_size <= tiny.model_cfg.V
     assert resolve_settings("pretrain", ROOT / "configs" / "byte.json").arch == V1
+
+
+def test_the_offline_config_needs_no_hub() -> None:
+    settings = resolve_settings("pretrain", ROOT / "configs" / "offline.json").settings
+    data = settings.data
+    assert set(data.mix_pretrain) == {"wiki_summaries", "chitchat", "primer"}
+    assert set(data.mix_sft) == {"primer", "chitchat"}
+    for name in (*data.mix_pretrain, *data.mix_sft, data.val_pretrain_source):
+        source = registry.SOURCES.get(name)
+        assert source is not None or name in getattr(registry, "PLANNED", ()), name
+        assert source is None or source.stream is None
+    assert settings.tokenizer.vocab_size == settings.model.V
+    budgets = [settings.training.pretrain.minutes, settings.training.sft.minutes]
+    assert sum(minutes or 1000 for minutes in budgets) <= 120
+    default = resolve_settings("pretrain", None).settings
+    assert settings.tokenizer.model_path != default.tokenizer.model_path  # its tokenizer replaces no other
+    assert data.caches.pretrain_token_cache != default.data.caches.pretrain_token_cache
+
+
+def test_the_byte_config_needs_nothing_but_the_installation() -> None:
+    settings = resolve_settings("pretrain", ROOT / "configs" / "byte.json").settings
+    assert set(settings.data.mix_pretrain) == {"chitchat", "primer"} and settings.tokenizer.type == "byte"
+    assert stream_config(settings).required_sources == ("chitchat", "primer")

@@ -9,6 +9,7 @@ from niels_gpt.settings.data import (
     PRETRAIN_SOURCES,
     SFT_SOURCES,
     DataSettings,
+    StreamSource,
     TokenizerSettings,
     checked_mix,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "ResolvedSettings",
     "Settings",
     "SftPhaseSettings",
+    "StreamSource",
     "TokenizerSettings",
     "checked_mix",
     "default_settings",

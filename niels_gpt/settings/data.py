@@ -25,7 +25,8 @@ PretrainSource = Literal["wikitext", "fineweb_edu", "gutenberg", "roam", "chitch
 PRETRAIN_SOURCES: tuple[str, ...] = get_args(PretrainSource)
 SFT_SOURCES = ("dolly15k", "oasst1", "primer", "chitchat", "jsonl")
 WIKI_WHEEL_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
-StreamSources = Annotated[tuple[Literal["wiki", "roam", "primer"], ...], Strict(False)]
+StreamSource = Literal["wiki", "roam", "primer", "chitchat", "text", "wiki_summaries"]
+StreamSources = Annotated[tuple[StreamSource, ...], Strict(False)]
 
 
 class SpecialTokenIds(Section):
@@ -64,8 +65,8 @@ class CacheSettings(Section):
 
 
 class StreamSettings(Section):
-    enabled_sources: StreamSources = knob(("wiki", "roam", "primer"), "byte streams to build")
-    required_sources: StreamSources = knob(("wiki", "roam", "primer"), "streams that must exist")
+    enabled_sources: StreamSources | None = knob(None, "byte streams to build; null = those of mix_pretrain")
+    required_sources: StreamSources | None = knob(None, "streams that must exist; null = all enabled ones but roam")
     allow_missing_sources: bool = knob(False, "go on without required sources that are missing")
 
 

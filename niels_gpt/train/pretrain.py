@@ -1,4 +1,4 @@
-"""Pretraining: windows of the token caches in `data.mix_pretrain`, evaluated on every source's validation split."""
+"""Pretraining: windows of the text in `data.mix_pretrain`, evaluated on every source's validation split."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from niels_gpt.batching import Batch, TokenStream, get_batch
-from niels_gpt.cache.pretrain import open_mix
 from niels_gpt.epochs import MixedRows
+from niels_gpt.mixes import open_mixes, text_hashes
 from niels_gpt.rng import generator_for
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
@@ -56,8 +56,9 @@ def pretrain_job(start: Start) -> Job:
     """Open the caches and tie them to the loop."""
     settings, options = start.settings, start.options
     T = start.resolved.model_cfg.T
-    streams, mix = open_mix(settings, start.tokenizer, "train", T)
-    val_streams, _ = open_mix(settings, start.tokenizer, "val", T)
+    text = open_mixes(settings, start.tokenizer, T)
+    (streams, mix), (val_streams, _) = text["train"], text["val"]
+    on_caches = start.tokenizer.kind != "byte"
 
     rows = MixedRows(streams, mix, T, options.seed)
 
@@ -73,7 +74,9 @@ def pretrain_job(start: Start) -> Job:
             options, {"pretrain_val_loss": evals.get(settings.data.val_pretrain_source)}
         ),
         tokenizer_model=start.tokenizer_model,
-        data=fingerprint(settings.data.caches.pretrain_token_cache, streams),
+        data=fingerprint(settings.data.caches.pretrain_token_cache, streams)
+        if on_caches
+        else text_hashes(settings, streams),
     )
 
 

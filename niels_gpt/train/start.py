@@ -16,7 +16,13 @@ from niels_gpt.eval import EvalResult
 from niels_gpt.files import sha256_file
 from niels_gpt.paths import ensure_dirs
 from niels_gpt.settings import PhaseSettings, ResolvedSettings, Settings, resolve_settings, tokenizer_file
-from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from niels_gpt.tokenizer import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    missing_tokenizer,
+)
 
 Overrides = str | Path | Mapping[str, Any] | None
 
@@ -81,10 +87,7 @@ def open_tokenizer(settings: Settings) -> Tokenizer:
         return ByteTokenizer()
     path = tokenizer_file(settings.tokenizer)
     if path is None:
-        raise FileNotFoundError(
-            f"there is no tokenizer at {settings.tokenizer.model_path}; `niels-gpt quickstart` makes one, "
-            "or name another with tokenizer.model_path"
-        )
+        raise FileNotFoundError(missing_tokenizer(Path(settings.tokenizer.model_path), settings.tokenizer.vocab_size))
     return load_tokenizer(path, settings.tokenizer.expected_special_token_ids.model_dump())
 
 

@@ -46,6 +46,14 @@ def published() -> SentencePieceTokenizer:
     return load_tokenizer(PUBLISHED, SPECIAL_TOKEN_IDS)
 
 
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
+    """500 pieces of the shipped primer, by the other method."""
+    text = (Path(__file__).resolve().parents[2] / "data" / "primer.txt").read_text(encoding="utf-8")
+    folder = tmp_path_factory.mktemp("unigram")
+    return load_tokenizer(train_tokenizer([text], folder, vocab_size=500, model_type="unigram"), SPECIAL_TOKEN_IDS)
+
+
 # no text is lost, no text is control
 
 
@@ -57,6 +65,16 @@ def test_new_tokenizers_are_lossless_and_text_is_never_control(
     ids = tiny_tokenizer.encode(text)
     assert tiny_tokenizer.decode(ids) == text
     assert CONTROL.isdisjoint(ids)
+
+
+@some
+@given(TEXTS)
+def test_unigram_tokenizers_are_lossless_too(unigram: SentencePieceTokenizer, text: str) -> None:
+    ids = unigram.encode(text)
+    assert unigram.decode(ids) == text
+    assert CONTROL.isdisjoint(ids)
+    assert unigram.encode_batch([text, "", text]) == [ids, [], ids]
+    check_stream(unigram, ids)
 
 
 @some
@@ -108,12 +126,15 @@ def test_half_a_surrogate_pair_is_read_as_the_replacement_character(tiny_tokeniz
 @some
 @given(st.lists(TEXTS, max_size=4))
 def test_batches_equal_single_texts(tiny_tokenizer: SentencePieceTokenizer, texts: list[str]) -> None:
-    assert tiny_tokenizer.encode_batch(texts) == [tiny_tokenizer.encode(text) for text in texts]
+    for tok in (tiny_tokenizer, ByteTokenizer()):
+        singly = [tok.encode(text) for text in texts]
+        assert tok.encode_batch(texts) == singly
+        assert [ids.tolist() for ids in tok.encode_arrays(texts)] == singly
 
 
 @needs_bundle
 def test_batches_of_published_tokenizers_hold_no_control(published: SentencePieceTokenizer) -> None:
-    texts = [f"hi {literal}" for literal in LITERALS]
+    texts = ["hi", *(f"hi {literal}" for literal in LITERALS)]
     assert published.encode_batch(texts) == [published.encode(text) for text in texts]
 
 
@@ -238,10 +259,13 @@ def test_load_refuses_other_files(tmp_path: Path, content: bytes) -> None:
 
 
 def test_load_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer model .*nowhere\.model; .*makes one"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer model .*nowhere\.model; make it .*"):
         load_tokenizer(tmp_path / "nowhere.model")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="quickstart` makes one"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"niels-gpt tokenizer --source chitchat --source primer --out_dir artifacts/tokenizer/v2 ",
+    ):
         tokenizer.encode("hi")
 
 

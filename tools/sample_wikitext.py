@@ -1,0 +1,18 @@
+"""Write a sample of WikiText-103 to a text file.
+
+python tools/sample_wikitext.py --out data/wikitext_sample_5mb.txt --bytes 5000000
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+if str(REPO_ROOT) not in sys.path:
+    sys.path.insert(0, str(REPO_ROOT))
+
+from niels_gpt.tokenizer.sample import sample_wikitext as main  # noqa: E402  (a bare checkout needs the path above)
+
+if __name__ == "__main__":
+    raise SystemExit(main())
