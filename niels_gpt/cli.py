@@ -10,6 +10,7 @@ COMMANDS = {
     "chat": ("niels_gpt.chat_cli", "talk to a checkpoint, or answer one --prompt"),
     "train": ("niels_gpt.train.run", "pretrain, fine-tune or both, from a config"),
     "cache": ("niels_gpt.cache.cli", "build, show and verify token caches"),
+    "notes": ("niels_gpt.notes_cli", "see what would be learned from your own notes, then build their cache"),
     "settings": ("niels_gpt.settings.doc", "every setting with its default, bounds and meaning"),
 }
 

@@ -25,9 +25,9 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
     ),
     3: ("chat_format", "streams", "cache", "checkpoint", "infer"),
     4: ("eval", "generate", "chat", "recall", "summary"),
-    5: ("train", "chat_cli", "cache.cli", "quickstart", "cli", "settings.doc", "audit"),
+    5: ("train", "chat_cli", "cache.cli", "notes_cli", "quickstart", "cli", "settings.doc", "audit"),
 }
-PROGRAMS = {"train.run", "chat_cli", "cache.cli", "quickstart", "cli", "settings.doc", "audit"}
+PROGRAMS = {"train.run", "chat_cli", "cache.cli", "notes_cli", "quickstart", "cli", "settings.doc", "audit"}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.stat().st_size > 200)
 
 

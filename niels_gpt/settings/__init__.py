@@ -9,6 +9,7 @@ from niels_gpt.settings.data import (
     PRETRAIN_SOURCES,
     SFT_SOURCES,
     DataSettings,
+    NotesSettings,
     TokenizerSettings,
     checked_mix,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "DataSettings",
     "GenerationSettings",
     "ModelSettings",
+    "NotesSettings",
     "PhaseSettings",
     "ResolvedSettings",
     "Settings",
