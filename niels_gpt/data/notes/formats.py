@@ -19,7 +19,7 @@ _BREAKS = {  # what an element puts before and after its content
     ),
     **{f"h{n}": ("\n\n" + "#" * n + " ", "\n\n") for n in range(1, 7)},
     **dict.fromkeys(("tr", "dt", "dd", "figcaption", "summary", "title"), ("\n", "\n")),
-    "li": ("\n- ", "\n"),
+    "li": ("\n- ", ""),
     "br": ("\n", ""),
     "td": ("", " "),
     "th": ("", " "),

@@ -19,6 +19,7 @@ _PROTECTED = re.compile(
     r"|(?P<comment>%%)|(?P<html><!--)|(?P<ticks>`{1,50})|(?P<math>\$\$|\$(?=[^\s$]))|(?P<ours>\ue000)",
     re.MULTILINE,
 )
+_MARKS = re.compile("[`~%<$\ue000]")
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 _INLINE_LIMIT = 2000  # characters of inline code or a formula
 _MATH_END = re.compile(r"(?<=[^\s$\\])\$(?![\d$])|\n")
@@ -27,7 +28,8 @@ _MACRO = re.compile(r"[ \t]{0,4}\{\{((?:[^{}\n]|\{[^{}\n]{0,300}\}){0,600})\}\}"
 _CLOZE = re.compile(r"(?:\[\[)?(?:cloze|c\d)(?:\]\])?(?::{1,2}|\s)\s*", re.IGNORECASE)
 _EMBED = re.compile(r"!\[\[([^\[\]\n]{1,500})\]\]")
 _IMAGE = re.compile(r"!\[[^\[\]\n]{0,500}\]\((?:[^()\n]|\([^()\n]{0,500}\)){0,100000}\)(?:\{[^{}\n]{0,200}\})?")
-_WIKI = re.compile(r"(?P<tag>(?<![\w#])#)?\[\[(?P<target>[^\[\]\n]{1,500})\]\]")
+_WIKI = re.compile(r"\[\[([^\[\]\n]{1,500})\]\]")
+_TAG_OF_WORDS = re.compile(r"(?<![\w#])#\[\[")
 _LINK = re.compile(r"\[([^\[\]\n]{1,1000})\]\((?:[^()\n]|\((?:[^()\n]|\([^()\n]{0,99}\)){0,99}\)){0,2000}\)")
 _LINK_BY_NAME = re.compile(r"\[([^\[\]\n]{1,1000})\]\[[^\[\]\n^]{1,200}\]")
 _LINK_TARGET = re.compile(r"[ ]{0,3}\[[^\[\]\n^]{1,200}\]:\s+\S+.{0,300}")
@@ -54,7 +56,7 @@ _TASK = re.compile(
 )
 _CALLOUT = re.compile(r"(\s*(?:>\s?)+)\[!\w[\w|-]{0,40}\][+-]?[ \t]*")
 _RULE = re.compile(r"\s*(?:(?:[-*_]\s*){3,}|={3,})\s*")
-_TABLE_RULE = re.compile(r"\s*\|?\s*:?-{2,}:?\s*(?:\|\s*:?-{2,}:?\s*)*\|?\s*")
+_TABLE_RULE = re.compile(r"(?=.*\|)\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*")
 _EMPTY = re.compile(r"\s*(?:[-*+]|>)(?:\s*>)*\s*")
 _TITLE_LINE = re.compile(r"(?m)^title:[ \t]*(.{1,300})$")
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.{0,65536}?)(?:^---|^\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
@@ -133,6 +135,8 @@ def _front_matter(text: str) -> tuple[str, str]:
 
 def _lift(text: str) -> tuple[str, list[str]]:
     """(text with placeholders for code and formulas and without comments, what they stand for)."""
+    if not _MARKS.search(text):
+        return text, []
     parts: list[str] = []
     kept: list[str] = []
     no_more: set[str] = set()
@@ -185,20 +189,25 @@ def _inline_end(text: str, opening: re.Match[str]) -> int:
 
 
 def _spans(text: str, blocks: Blocks, depth: int) -> str:
-    text = _MACRO.sub(_macro, text)
-    text = _EMBED.sub(lambda match: "" if _IMAGE_SUFFIX.search(match[1]) else _page(match[1]), text)
-    text = _IMAGE.sub("", text)
-    for _ in range(4):  # links in links
-        text, n = _WIKI.subn(lambda match: _wiki(match, blocks, depth), text)
-        text, m = _LINK.subn(r"\1", text)
-        if not n + m:
-            break
-    text = _BLOCK_REFERENCE.sub(lambda match: _reference(match, blocks, depth), text)
-    text = _LINK_BY_NAME.sub(r"\1", text)
-    text = _AUTOLINK.sub(lambda match: match[1].removeprefix("mailto:"), text)
-    text = _HIGHLIGHT.sub(r"\2", text)
-    text = _HTML_TAG.sub("", text).replace("&nbsp;", " ")
-    return _BLOCK_ID.sub("", text)
+    if "{{" in text:
+        text = _MACRO.sub(_macro, text)
+    if "[" in text:
+        text = _EMBED.sub(lambda match: "" if _IMAGE_SUFFIX.search(match[1]) else _page(match[1]), text)
+        text = _TAG_OF_WORDS.sub("[[", _IMAGE.sub("", text))
+        for _ in range(4):  # links in links
+            text, n = _WIKI.subn(lambda match: _wiki(match, blocks, depth), text)
+            text, m = _LINK.subn(r"\1", text)
+            if not n + m:
+                break
+        text = _LINK_BY_NAME.sub(r"\1", text)
+    if "((" in text:
+        text = _BLOCK_REFERENCE.sub(lambda match: _reference(match, blocks, depth), text)
+    if "<" in text:
+        text = _AUTOLINK.sub(lambda match: match[1].removeprefix("mailto:"), text)
+        text = _HTML_TAG.sub("", text)
+    if "==" in text or "^" in text:
+        text = _BLOCK_ID.sub("", _HIGHLIGHT.sub(r"\2", text))
+    return text.replace("&nbsp;", " ")
 
 
 def _macro(match: re.Match[str]) -> str:
@@ -218,7 +227,7 @@ def _page(target: str) -> str:
 
 
 def _wiki(match: re.Match[str], blocks: Blocks, depth: int) -> str:
-    target = match["target"]
+    target = match[1]
     block = target.partition("#^")[2].strip()
     if "|" not in target and block in blocks and depth:
         return _quoted(blocks[block], blocks, depth)
@@ -252,27 +261,25 @@ def _lines(text: str) -> tuple[str, str]:
             logbook = line.strip() != ":END:"
             continue
         line = line.rstrip()
-        if match := _PROPERTY.fullmatch(line):
+        if "::" in line and (match := _PROPERTY.fullmatch(line)):
             if match["key"].lower() == "title" and not lines:
                 title = " ".join((match["value"] or "").split())
             continue
-        if _PLANNED.fullmatch(line) or _LINK_TARGET.fullmatch(line):
+        if ":" in line and (_PLANNED.fullmatch(line) or _LINK_TARGET.fullmatch(line)):
             continue
-        if _TAGS_ONLY.fullmatch(line) and not any(_is_colour(tag) for tag in _TAG.findall(line)):
+        if "#" in line and _TAGS_ONLY.fullmatch(line) and not any(_is_colour(tag) for tag in _TAG.findall(line)):
             continue
         cleaned = _CALLOUT.sub(r"\1", line, count=1) if "[!" in line else line
-        cleaned = _TASK.sub(_task, cleaned, count=1)
-        cleaned = _TAG.sub(_tag, cleaned).rstrip()
-        if _RULE.fullmatch(cleaned):
+        if (task := _TASK.match(cleaned)) and task["bullet"]:  # words of a line without a bullet are left as they are
+            cleaned = task["bullet"] + cleaned[task.end() :]
+        if "#" in cleaned:
+            cleaned = _TAG.sub(_tag, cleaned)
+        cleaned = cleaned.rstrip()
+        if cleaned and _RULE.fullmatch(cleaned):
             lines.append("")
         elif not _EMPTY.fullmatch(cleaned) and not _TABLE_RULE.fullmatch(cleaned):
             lines.append(cleaned)
     return title, "\n".join(lines)
-
-
-def _task(match: re.Match[str]) -> str:
-    """A bullet without its marker and box; words of a line without a bullet are left as they are."""
-    return match["bullet"] if match["bullet"] else match.group()
 
 
 def _tag(match: re.Match[str]) -> str:

@@ -19,13 +19,17 @@ PLUGINS = (
     "softlayer", "square_oauth", "stripe", "telegram_token", "twilio",
 )
 # fmt: on
-_PRIVATE_KEY = re.compile(
-    r"-----BEGIN [^\n]{0,40}PRIVATE KEY[^\n]{0,40}?-----.{0,20000}?-----END [^\n]{0,40}PRIVATE KEY[^\n]{0,40}?-----"
-    r"|-----BEGIN [^\n]{0,40}PRIVATE KEY[^\n]{0,40}?-----(?:\n[^\s]{16,200}(?=\n|\Z))*",
-    re.DOTALL,
-)
+_SUSPECT = re.compile(r"\d\D{0,3}\d\D{0,3}\d\D{0,3}\d|[:=@]|\S{16}")
+_REST = re.compile(r"[A-Za-z0-9_-]*")
+_PIECE, _LONGEST = 2000, 500  # characters of a line looked at together, and of a key that the plugins know
+_LONG = re.compile(r"\S{12}")  # the shortest key, with what belongs to it
+_PRIVATE_KEY = re.compile(r"-----BEGIN [^\n]{0,40}PRIVATE KEY[^\n]{0,40}?-----")
+_PRIVATE_KEY_END = re.compile(r"-----END [^\n]{0,40}PRIVATE KEY[^\n]{0,40}?-----")
+_PRIVATE_KEY_BODY = re.compile(r"(?:\n[ \t>]*[A-Za-z0-9+/=]{16,200})*")  # of one without an end
+_PRIVATE_KEY_LIMIT = 20_000
 _NEWER_TOKENS = re.compile(
     r"(?<![A-Za-z0-9])(?:sk-[A-Za-z0-9_-]{20,}|github_pat_[A-Za-z0-9_]{22,}|hf_[A-Za-z0-9]{30,}|AIza[A-Za-z0-9_-]{35}"
+    r"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}(?:\.[A-Za-z0-9_-]*)?"
     r"|[sr]k_test_[A-Za-z0-9]{24,}|xapp-[A-Za-z0-9-]{20,}|npm_[A-Za-z0-9]{36}|ya29\.[A-Za-z0-9_-]{20,})"
 )
 _PASSWORD = re.compile(
@@ -34,15 +38,16 @@ _PASSWORD = re.compile(
     r"(?P<quote>[\"'`]?)(?P<value>[^\s\"'`]{4,200})(?P=quote)"
 )
 _RANDOM = re.compile(r"(?<![\w/+=.-])[A-Za-z0-9_+-]{24,512}={0,2}(?![\w/+.-])")
-_RANDOM_BITS = 4.2  # of entropy a character: long identifiers have less, 24 random letters and digits more
+_RANDOM_BITS = ((32, 4.5), (24, 4.2))  # entropy a character from a length on: random letters have more, names less
 _EMAIL = re.compile(
     r"(?<![\w.+-])(?!git@)[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?\.){1,8}"
     r"[A-Za-z]{2,24}(?![\w-])"
 )
+_IN_ADDRESS = re.compile(r"://[^\s/@]*:\Z")  # what precedes a password in an address, and a host after it
 _CARD = re.compile(
     r"(?<![\w.+-])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{1,7}|\d{4}([ -])\d{6}\2\d{4,5})(?![\w-]|\.\d)"
 )
-_MAYBE_PHONE = re.compile(r"(?<![\w.])[+(]?\d(?:[ \t()./-]{0,3}\d){6,16}(?![\w])")
+_MAYBE_PHONES = re.compile(r"(?<![\w.])[+(]?\d(?:[ \t()./+-]{0,3}\d){6,60}\)?(?!\w)")
 _PHONE_WORD = re.compile(
     r"(?i)(?:phone|mobile|cell|tel|fax|call|whatsapp|sms|handy|telefon)\W{0,4}(?:\w+\W{1,3}){0,2}\Z"
 )
@@ -72,34 +77,57 @@ def mask(text: str, region: str | None) -> tuple[str, dict[str, int]]:
 
 def find(text: str, region: str | None) -> list[Found]:
     """The secrets of a text in order. Where two overlap they are one, of the kind that comes first in `_ALL`."""
-    spans = [
-        (span, rank, kind)
-        for rank, (kind, finder) in enumerate(_ALL)
-        for span in finder(text, region)
-        if span[0] < span[1]
-    ]
-    merged: list[tuple[int, int, int, str]] = []
-    for (start, end), rank, kind in sorted(spans):
-        if merged and start < merged[-1][1]:
-            first, last, best, named = merged.pop()
-            rank, kind = min((best, named), (rank, kind))
-            start, end = first, max(last, end)
-        merged.append((start, end, rank, kind))
-    return [Found(start, end, kind) for start, end, _, kind in merged]
+    spans = [(*span, 0) for span in _private_keys(text)]
+    start = 0
+    for line in text.splitlines(keepends=True):
+        if _SUSPECT.search(line):  # most lines are not, and patterns cost time
+            for rank, (_, finder) in enumerate(_ALL):
+                spans += [(start + first, start + last, rank) for first, last in finder(line, region)]
+        start += len(line)
+    merged: list[tuple[int, int, int]] = []
+    for first, last, rank in sorted(spans):
+        if merged and first < merged[-1][1]:
+            before = merged.pop()
+            merged.append((before[0], max(before[1], last), min(before[2], rank)))
+        elif first < last:
+            merged.append((first, last, rank))
+    return [Found(first, last, _ALL[rank][0]) for first, last, rank in merged]
 
 
 Span = tuple[int, int]
 
 
-def _keys(text: str, region: str | None) -> Iterator[Span]:
-    for pattern in (_PRIVATE_KEY, _NEWER_TOKENS):
-        yield from (match.span() for match in pattern.finditer(text))
-    for name, pattern in _plugin_patterns():
-        for match in pattern.finditer(text):
-            if name == "artifactory" and not any(map(str.isdigit, match.group())):
-                continue  # APARTMENTS and other shouted words begin like one of its keys
-            yield match.span(1 if name == "basic_auth" else 0)
-    for match in _RANDOM.finditer(text):
+def _spans(pattern: re.Pattern[str], text: str) -> Iterator[Span]:
+    return (match.span() for match in pattern.finditer(text))
+
+
+def _private_keys(text: str) -> Iterator[Span]:
+    """The only secrets of many lines."""
+    end = 0
+    for begins in _PRIVATE_KEY.finditer(text):
+        if begins.start() >= end:
+            ends = _PRIVATE_KEY_END.search(text, begins.end(), begins.end() + _PRIVATE_KEY_LIMIT)
+            ends = ends or _PRIVATE_KEY_BODY.match(text, begins.end())
+            end = ends.end() if ends else begins.end()
+            yield begins.start(), end
+
+
+def _keys(line: str, region: str | None) -> Iterator[Span]:
+    if not _LONG.search(line):
+        return
+    yield from _spans(_NEWER_TOKENS, line)
+    for start in range(0, len(line), _PIECE - _LONGEST):  # some plugins take time in proportion to the square
+        piece = line[start : start + _PIECE]
+        for name, pattern in _plugin_patterns():
+            for match in pattern.finditer(piece):
+                if name == "artifactory" and not any(map(str.isdigit, match.group())):
+                    continue  # APARTMENTS and other shouted words begin like one of its keys
+                first, last = match.span(1 if name == "basic_auth" else 0)
+                rest = _REST.match(line, start + last)  # patterns of a fixed length end too early in a longer key
+                yield start + first, rest.end() if rest and name != "basic_auth" else start + last
+        if start + _PIECE >= len(line):
+            break
+    for match in _RANDOM.finditer(line):
         if _is_random(match.group()):
             yield match.span()
 
@@ -128,9 +156,10 @@ def _is_random(token: str) -> bool:
     from detect_secrets.plugins.high_entropy_strings import Base64HighEntropyString
 
     sorts = (sum(map(str.isdigit, token)), sum(map(str.isupper, token)), sum(map(str.islower, token)))
-    if min(sorts) < 3:
+    if min(sorts) < 2:
         return False
-    return float(Base64HighEntropyString().calculate_shannon_entropy(token)) > _RANDOM_BITS
+    least = next(bits for length, bits in _RANDOM_BITS if len(token) >= length)
+    return float(Base64HighEntropyString().calculate_shannon_entropy(token)) > least
 
 
 def _passwords(text: str, region: str | None) -> Iterator[Span]:
@@ -140,14 +169,14 @@ def _passwords(text: str, region: str | None) -> Iterator[Span]:
     """
     for match in _PASSWORD.finditer(text):
         value, start = match["value"].rstrip(".,;:!?*"), match.start("value")
-        alone = match["word"][0] in "pP" and text[match.end() : match.end() + 1] in ("", "\n")
+        alone = match["word"].lower().startswith(("pass", "pwd")) and text[match.end() : match.end() + 1] in ("", "\n")
         code = set(value) & set("()[]{}<>$") or (all(part.isidentifier() for part in value.split(".")) and "." in value)
         if not code and (match["quote"] or alone or not value.isalpha()):
             yield start, start + len(value)
 
 
 def _emails(text: str, region: str | None) -> Iterator[Span]:
-    return (match.span() for match in _EMAIL.finditer(text))
+    return (span for span in _spans(_EMAIL, text) if not _IN_ADDRESS.search(text, max(0, span[0] - 200), span[0]))
 
 
 def _cards(text: str, region: str | None) -> Iterator[Span]:
@@ -164,19 +193,21 @@ def _luhn(digits: str) -> bool:
 
 def _phones(text: str, region: str | None) -> Iterator[Span]:
     """Valid numbers that are written as phone numbers: with a plus, grouped as is usual, or after a word like `tel`."""
-    candidates = list(_MAYBE_PHONE.finditer(text))
-    if not candidates:
-        return
-    from phonenumbers import Leniency, PhoneNumberMatcher
+    for match in _MAYBE_PHONES.finditer(text):
+        from phonenumbers import Leniency, PhoneNumberMatcher
 
-    for match in candidates:
-        raw = match.group()
-        named = raw.isdigit() and _PHONE_WORD.search(text, max(0, match.start() - 40), match.start())
-        if raw.isdigit() and not named:
-            continue
-        leniency = Leniency.VALID if raw.startswith("+") or named else Leniency.STRICT_GROUPING
-        for number in PhoneNumberMatcher(raw, region, leniency):
-            yield match.start() + number.start, match.start() + number.end
+        chunk, start = match.group(), match.start()
+        valid = list(PhoneNumberMatcher(chunk, region, Leniency.VALID))
+        grouped = {n.start for n in PhoneNumberMatcher(chunk, region, Leniency.STRICT_GROUPING)} if valid else set()
+        for number in valid:
+            first, last = start + number.start, start + number.end
+            first += text[first] == "(" and ")" not in text[first:last]
+            if number.raw_string.isdigit():
+                written = bool(_PHONE_WORD.search(text, max(0, first - 40), first))
+            else:
+                written = number.raw_string.startswith("+") or number.start in grouped
+            if written:
+                yield first, last
 
 
 _ALL = (("key", _keys), ("password", _passwords), ("e-mail", _emails), ("card", _cards), ("phone", _phones))
