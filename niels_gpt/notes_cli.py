@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 
 from niels_gpt.cache.pretrain import build_pretrain
@@ -122,10 +129,8 @@ def _build(args: argparse.Namespace, settings: Settings, tokenizer: Tokenizer | 
     assert tokenizer is not None, "it is loaded, or missing is an error, unless this is a dry run"
     root = Path(args.cache_dir) / "pretrain" if args.cache_dir else Path(settings.data.caches.pretrain_token_cache)
     seed = getattr(settings.data, args.source).split_seed
-    with _progress("tokenizing") as say:
-        meta = build_pretrain(
-            settings, tokenizer, args.source, root=root, seed=seed, progress=lambda split, n: say(split, n, None)
-        )
+    with _progress("tokenizing"):
+        meta = build_pretrain(settings, tokenizer, args.source, root=root, seed=seed)
     tokens = {split: meta[f"{split}_tokens"] for split in ("train", "val")}
     if not args.json:
         done = "is up to date" if meta.get("reused") else "is built"
@@ -198,6 +203,7 @@ def _progress(name: str) -> Iterator[Callable[[str, int, int | None], None]]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)

@@ -67,6 +67,7 @@ _IMAGE_SUFFIX = re.compile(
 _ID_LINE = re.compile(r"^\s*id:: *([\w-]{6,40})\s*$")
 _ID_AT_END = re.compile(r"^(.*?\S)[ \t]+\^([A-Za-z0-9-]{3,40})[ \t]*$")
 _BLOCK_LIMIT = 2000  # characters of a block that other notes quote
+_SENTENCE = 5  # words from which the value of a property is text, unless it is a list
 _DEPTH = 3  # blocks that quote blocks
 
 
@@ -156,6 +157,8 @@ def _lift(text: str) -> tuple[str, list[str]]:
             else:
                 parts.append(text[done:start])
                 done = position = found + len(closing)
+                if text[start - 1 : start] in ("", " ", "\n") and text[position : position + 1] == " ":
+                    done = position = position + 1
             continue
         else:
             end = _inline_end(text, match)
@@ -262,9 +265,12 @@ def _lines(text: str) -> tuple[str, str]:
             continue
         line = line.rstrip()
         if "::" in line and (match := _PROPERTY.fullmatch(line)):
+            words = (match["value"] or "").split()
             if match["key"].lower() == "title" and not lines:
-                title = " ".join((match["value"] or "").split())
-            continue
+                title = " ".join(words)
+            if len(words) < _SENTENCE or 2 * line.count(",") >= len(words):
+                continue
+            line = line.replace("::", ":", 1)
         if ":" in line and (_PLANNED.fullmatch(line) or _LINK_TARGET.fullmatch(line)):
             continue
         if "#" in line and _TAGS_ONLY.fullmatch(line) and not any(_is_colour(tag) for tag in _TAG.findall(line)):

@@ -42,6 +42,7 @@ CASES = {
     # properties and tasks
     f"title:: My page\ntags:: a, b\n\n- text\n  id:: {UUID}\n  collapsed:: true": "# My page\n\n- text",
     "- author:: [[Anna]]\n- text": "- text",
+    "Summary:: we met and talked for long\nTags:: a, b, c, d, e, f": "Summary: we met and talked for long",
     "std::vector and f :: Int -> Int": "std::vector and f :: Int -> Int",
     "- TODO [#A] write\n- DONE read\n* [ ] call\n1. [x] go": "- write\n- read\n* call\n1. go",
     "- {{[[TODO]]}} buy milk\n- {{TODO}} and bread": "- buy milk\n- and bread",
@@ -49,8 +50,8 @@ CASES = {
     "- NOW walk\n  SCHEDULED: <2024-01-02 Tue>\n  :LOGBOOK:\n  CLOCK: [2024]\n  :END:\n- end": "- walk\n- end",
     # callouts, comments, markup
     "> [!note] A title\n> text\n\n> [!tip]- \n> more": "> A title\n> text\n\n> more",
-    "seen %%hidden%% seen\n%%\nmany\nlines\n%%\nend": "seen  seen\n\nend",
-    "a <!-- hidden\nlines --> b": "a  b",
+    "seen %%hidden%% seen\n%%\nmany\nlines\n%%\nend": "seen seen\n\nend",
+    "a <!-- hidden\nlines --> b": "a b",
     "100%% sure": "100%% sure",
     "==high== ^^light^^ **bold** _it_ a==b": "high light **bold** _it_ a==b",
     "a <b>bold</b><br/> <span style='x'>s</span>&nbsp;t <notatag> x<y": "a bold s t <notatag> x<y",

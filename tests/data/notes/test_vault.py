@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import tempfile
 from itertools import pairwise
@@ -163,6 +164,19 @@ def test_groups_move_whole_and_val_keeps_its_size() -> None:
     assert roam.split_groups([3, 0, 4], 1, group) == ([3, 0, 4], [])
     assert roam.split_groups([3], 0, group) == ([3], [])
     assert roam.split_groups([1, 2], 0, group) == ([2], [1])
+
+
+@given(st.lists(st.integers(0, 12), max_size=30), st.integers(0, 30), st.randoms(use_true_random=False))
+def test_groups_are_never_divided(names: list[int], n_val: int, rng: random.Random) -> None:
+    group = [names.index(name) for name in names]
+    order = list(range(len(names)))
+    rng.shuffle(order)
+    train, val = roam.split_groups(order, n_val, group)
+    assert sorted(train + val) == sorted(order) and len(val) <= max(n_val, 1)
+    assert not {group[i] for i in train} & {group[i] for i in val}
+    alone = roam.split_groups(order, min(n_val, len(order)), list(range(len(order))))
+    wanted = max(n_val, 1) if len(order) > 1 else 0
+    assert alone == (order[wanted:], order[:wanted])
 
 
 def test_what_cannot_be_read_is_reported_and_the_rest_is_used(tmp_path: Path) -> None:
