@@ -49,6 +49,7 @@ _HTML_TAG = re.compile(
 
 _PROPERTY = re.compile(r"\s*(?:[-*+]\s+)?(?P<key>[^\W\d_][\w./-]{0,60}(?: [\w./-]{1,60}){0,4})::(?:\s+(?P<value>.*))?")
 _PLANNED = re.compile(r"\s*(?:SCHEDULED|DEADLINE):\s*<.*>\s*")
+_BLOCK_MARK = re.compile(r"\s*(?:[-*+]\s+)?#\+(?:BEGIN|END)_\w+.*", re.IGNORECASE)
 _TASK = re.compile(
     r"(?P<bullet>\s*(?:[-*+]|\d{1,9}[.)])\s+|\s*#{1,6}\s+)?"
     r"(?:(?:TODO|DOING|DONE|LATER|NOW|WAITING|WAIT|CANCELED|CANCELLED|IN-PROGRESS)\s+)?(?:\[[ xX/>-]\]\s+)?"
@@ -56,7 +57,7 @@ _TASK = re.compile(
 )
 _CALLOUT = re.compile(r"(\s*(?:>\s?)+)\[!\w[\w|-]{0,40}\][+-]?[ \t]*")
 _RULE = re.compile(r"\s*(?:(?:[-*_]\s*){3,}|={3,})\s*")
-_TABLE_RULE = re.compile(r"(?=.*\|)\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*")
+_TABLE_RULE = re.compile(r"\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*")
 _EMPTY = re.compile(r"\s*(?:[-*+]|>)(?:\s*>)*\s*")
 _TITLE_LINE = re.compile(r"(?m)^title:[ \t]*(.{1,300})$")
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.{0,65536}?)(?:^---|^\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
@@ -106,7 +107,10 @@ def find_blocks(text: str) -> dict[str, str]:
 
 
 def _bare(line: str) -> str:
-    return re.sub(r"^\s*(?:[-*+]|>|#{1,6})\s+", "", line).strip()
+    task = _TASK.match(line)
+    if task and task["bullet"]:
+        return line[task.end() :].strip()
+    return line.strip().removeprefix(">").strip()
 
 
 # Front matter
@@ -271,6 +275,8 @@ def _lines(text: str) -> tuple[str, str]:
             if len(words) < _SENTENCE or 2 * line.count(",") >= len(words):
                 continue
             line = line.replace("::", ":", 1)
+        if "#+" in line and _BLOCK_MARK.fullmatch(line):
+            continue
         if ":" in line and (_PLANNED.fullmatch(line) or _LINK_TARGET.fullmatch(line)):
             continue
         if "#" in line and _TAGS_ONLY.fullmatch(line) and not any(_is_colour(tag) for tag in _TAG.findall(line)):
@@ -283,7 +289,9 @@ def _lines(text: str) -> tuple[str, str]:
         cleaned = cleaned.rstrip()
         if cleaned and _RULE.fullmatch(cleaned):
             lines.append("")
-        elif not _EMPTY.fullmatch(cleaned) and not _TABLE_RULE.fullmatch(cleaned):
+        elif "|" in cleaned and _TABLE_RULE.fullmatch(cleaned):
+            lines.append("|" + "---|" * len(re.findall("-+", cleaned)))
+        elif not _EMPTY.fullmatch(cleaned):
             lines.append(cleaned)
     return title, "\n".join(lines)
 

@@ -56,7 +56,8 @@ CASES = {
     "==high== ^^light^^ **bold** _it_ a==b": "high light **bold** _it_ a==b",
     "a <b>bold</b><br/> <span style='x'>s</span>&nbsp;t <notatag> x<y": "a bold s t <notatag> x<y",
     "one\n---\ntwo\n***\n\n\n\nthree": "one\n\ntwo\n\nthree",
-    "| a | b |\n|---|:-:|\n| 1 | 2 |": "| a | b |\n| 1 | 2 |",
+    "| a | b |\n| ------ | :-: |\n| 1 | 2 |": "| a | b |\n|---|---|\n| 1 | 2 |",
+    "- a\n  #+BEGIN_QUOTE\n  words\n  #+END_QUOTE": "- a\n  words",
     # code and formulas, letter by letter
     "```py\nx = a[[1]]  # #tag\n\n\n\n%%t\nk:: v\n```\n[[b]]": "```py\nx = a[[1]]  # #tag\n\n\n\n%%t\nk:: v\n```\nb",
     "- ~~~\n  [[a]]\n  ~~~\n- [[b]]": "- ~~~\n  [[a]]\n  ~~~\n- b",
@@ -80,7 +81,7 @@ def test_markup_reads_as_text(written: str) -> None:
 
 
 def test_blocks_are_found_and_quoted_to_a_depth() -> None:
-    note = f"- a [[fox]]\n  id:: {UUID}\n- two\n  lines\n  id:: second-block\nA line. ^third"
+    note = f"- DONE a [[fox]]\n  id:: {UUID}\n- two\n  lines\n  id:: second-block\nA line. ^third"
     blocks = find_blocks(note)
     assert blocks == {UUID: "a [[fox]]", "second-block": "two lines", "third": "A line."}
     assert clean_markdown(f"> (({UUID})), ((second-block))", blocks) == "> a fox, two lines"

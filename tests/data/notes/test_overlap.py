@@ -36,10 +36,11 @@ def test_runs_shorter_than_k_are_not_found() -> None:
 
 
 def test_the_blank_line_after_a_document_counts() -> None:
-    shared = "the last words of a note, forty-eight bytes long"
-    assert len(shared) == 48
-    one, other = f"Some beginning. {shared}", f"{shared}\n\nmore to come, and on it goes for a while"
-    assert len(np.intersect1d(fingerprints(one, 50), fingerprints(other, 50)))
+    rng = random.Random(4)
+    for _ in range(100):
+        shared = "".join(rng.choice("abcdefgh") for _ in range(48))
+        one, other = random_text(rng, 40) + shared, f"{random_text(rng, 40)}{shared}\n\n{random_text(rng, 40)}"
+        assert len(np.intersect1d(fingerprints(one, 50), fingerprints(other, 50)))
 
 
 def test_long_texts_are_hashed_in_blocks_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:

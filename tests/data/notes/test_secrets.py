@@ -33,6 +33,7 @@ JWT = ".".join(
 SECRETS = {
     "key": [
         "AKIA" + drawn(16, string.ascii_uppercase + string.digits),
+        "AKIA" + drawn(20, string.ascii_uppercase + string.digits),  # longer than those known
         "ghp_" + drawn(36),
         "github_pat_" + drawn(22) + "_" + drawn(59),
         "glpat-" + drawn(20),
