@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("niels_gpt.train.run", "pretrain, fine-tune or both, from a config"),
     "tokenizer": ("niels_gpt.tokenizer.train_cli", "train a tokenizer on files, sources or the mix of a config"),
     "cache": ("niels_gpt.cache.cli", "build, show and verify token caches"),
+    "notes": ("niels_gpt.notes_cli", "see what would be learned from your own notes, then build their cache"),
     "settings": ("niels_gpt.settings.doc", "every setting with its default, bounds and meaning"),
 }
 

@@ -11,10 +11,11 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Document:
-    """One text of a source."""
+    """One text of a source; `name` says which, where the source has names for its texts, such as paths."""
 
     text: str
     source: str
+    name: str = ""
 
 
 @dataclass(frozen=True)

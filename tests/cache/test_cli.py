@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from niels_gpt.cache import cli
+from niels_gpt.special_tokens import SPECIAL_TOKENS
 from niels_gpt.tokenizer import SentencePieceTokenizer
 
 
@@ -60,11 +61,13 @@ def test_flags_choose_phase_folders_and_options(here: Path) -> None:
 
 
 def test_one_failing_source_does_not_stop_the_others(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "data/text/bad.txt").write_bytes(b"\xff")
+    (here / "data/text/bad.txt").write_text(f"hello {SPECIAL_TOKENS['sys']} there")
     assert run("build", "text", "primer", "--phase", "pretrain") == 1
     captured = capsys.readouterr()
     assert (
-        "✗ pretrain/text failed: data/text/bad.txt is not UTF-8" in captured.err and "✓ pretrain/primer" in captured.out
+        "✗ pretrain/text failed: " in captured.err
+        and "special token literal" in captured.err
+        and "✓ pretrain/primer" in captured.out
     )
     assert run("build", "dolly") == 1
     assert "✗ sft/dolly15k failed: databricks/databricks-dolly-15k: it is not in the" in capsys.readouterr().err

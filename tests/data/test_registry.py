@@ -96,7 +96,7 @@ def test_missing_and_empty_folders_name_the_path_and_the_setting(source: str, tm
     with pytest.raises(FileNotFoundError, match=rf"{root} holds no files that match .*\.md.*data\.{source}\.root_dir"):
         texts(source, settings, "train")
     (root / "bad.md").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"bad\.md is not UTF-8 \(byte 3\)"):
+    with pytest.raises(ValueError, match=r"no text to train on: 1 not UTF-8 in .*, such as bad\.md \(byte 3\)"):
         texts(source, settings, "train")
 
 
