@@ -11,15 +11,16 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, get_args
 
 from niels_gpt import files, paths
+from niels_gpt.data.notes.secrets import mask
 from niels_gpt.data.primer import split_primer_text
 from niels_gpt.data.registry import get_source
-from niels_gpt.settings import Settings, StreamSource, default_settings
+from niels_gpt.settings import NotesSettings, Settings, StreamSource, default_settings
 from niels_gpt.special_tokens import assert_no_special_collision
 from niels_gpt.tokenizer.contract import valid_unicode
 
@@ -179,7 +180,18 @@ def _roam(cfg: StreamBuildConfig, split: str) -> _Recipe:
         **{"source": "roam", "split": split, "sep": cfg.doc_separator},
         **{"files": listed, "seed": cfg.seed, "val_frac": cfg.roam_val_frac},
     }
-    return _Recipe(meta, lambda: map(_text, chosen), cfg.doc_separator)
+    notes = cfg.settings.data.notes
+    if notes.secrets != "keep":  # published streams do not have the key, and may hold secrets
+        meta["secrets"] = notes.secrets
+    return _Recipe(meta, lambda: _without_secrets(map(_text, chosen), notes), cfg.doc_separator)
+
+
+def _without_secrets(texts: Iterable[str], notes: NotesSettings) -> Iterator[str]:
+    """The texts as `data.notes.secrets` wants them: masked, left out, or as they are. Nothing else is cleaned here."""
+    for text in texts:
+        masked, found = (text, {}) if notes.secrets == "keep" else mask(text, notes.phone_region)
+        if not (found and notes.secrets == "skip"):
+            yield masked
 
 
 def _primer(cfg: StreamBuildConfig, split: str) -> _Recipe:

@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "notes" / "deeper").mkdir(parents=True)
     for i in range(12):
         name = f"notes/{'deeper/' if i % 2 else ''}n{i:02}.md"
-        (tmp_path / name).write_bytes(f"# note {i}\r\n{'text ' * 150}\u00e9{i}".encode())
+        (tmp_path / name).write_bytes(f"# note {i}\r\n{f'text{i} ' * 150}\u00e9{i}".encode())
     return tmp_path
 
 
@@ -100,7 +100,7 @@ def test_meta_files(wiki: dict[str, list[str]]) -> None:
         "total_chars": sum(map(len, wiki["train"])),
         "sep": "\n\n",
     }
-    assert meta["roam"].keys() - own == {"source", "split", "sep", "files", "seed", "val_frac"}
+    assert meta["roam"].keys() - own == {"source", "split", "sep", "files", "seed", "val_frac", "secrets"}
     assert meta["roam"]["files"][0].keys() == {"path", "mtime_ns", "size"} and len(meta["roam"]["files"]) == 11
     keys = {"path", "mtime_ns", "size", "delimiter", "source", "split", "seed", "val_frac"}
     assert meta["primer"].keys() - own == keys
@@ -139,9 +139,20 @@ def test_they_are_built_again_only_when_something_changed(wiki: dict[str, list[s
     assert len(rebuilt()) == 6
 
 
+@pytest.mark.parametrize("mode", ["mask", "skip", "keep"])
+def test_secrets_in_notes_stay_out_of_the_streams(folder: Path, mode: str) -> None:
+    Path("notes/n00.md").write_text("mail me at someone@example.org, " * 40)
+    settings = validate_overrides({"data": {"notes": {"secrets": mode}}})
+    built = build_streams(config("roam", settings=settings))
+    text = b"".join(path.read_bytes() for streams in built.values() for path in streams.values())
+    assert (b"someone@example.org" in text) == (mode == "keep")
+    assert (b"mail me at" in text) == (mode != "skip")
+
+
 @needs_bundle
 def test_published_roam_stream(folder: Path) -> None:
-    cfg = config("roam", roam_root=BUNDLE / "v2/corpus/roam", roam_val_frac=0.3)
+    as_published = validate_overrides({"data": {"notes": {"secrets": "keep"}}})
+    cfg = config("roam", roam_root=BUNDLE / "v2/corpus/roam", roam_val_frac=0.3, settings=as_published)
     build_streams(cfg)
     for split in SPLITS:
         published = BUNDLE / "v2/streams_cache" / f"roam_{split}"
