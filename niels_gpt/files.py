@@ -64,7 +64,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed fsync does not say of what
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a failed fsync does not say of what
         raise
     finally:
         temporary.unlink(missing_ok=True)

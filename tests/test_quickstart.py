@@ -34,6 +34,27 @@ def niels(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.CompletedPr
     return done
 
 
+def niels_until(pattern: str, *arguments: str, cwd: Path) -> str:
+    """What the program prints up to a line with the pattern; then it is stopped, for its summary takes a while."""
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "niels_gpt.cli", *arguments],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if re.search(pattern, line):
+                process.kill()
+                return "".join(lines)
+    raise AssertionError(f"no line has {pattern!r}:\n{''.join(lines)[-3000:]}")
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     pytest.importorskip("chitchat_dataset")
@@ -74,7 +95,7 @@ def test_the_model_answers_on_stdout_alone(first: tuple[Path, str]) -> None:
 def test_a_second_run_reuses_what_is_still_valid(first: tuple[Path, str]) -> None:
     folder, _ = first
     before = (folder / "checkpoints/best.pt").read_bytes()
-    out = niels("quickstart", "--minutes", "0.1", "--no-chat", cwd=folder).stdout
+    out = niels_until(r"\[sft\] finished", "quickstart", "--minutes", "0.1", "--no-chat", cwd=folder)
     assert "reused artifacts/tokenizer/quickstart/spm.model" in out and "4 of 4 caches reused" in out
     assert out.count("resumed from") == 2
     assert (folder / "checkpoints/best.pt").read_bytes() == before
@@ -86,7 +107,7 @@ def test_other_settings_move_the_old_model_aside(first: tuple[Path, str], tmp_pa
     old = (folder / "checkpoints/best.pt").read_bytes()
     config = folder / "checkpoints/sft/latest.pt.resolved_settings.json"
     assert json.loads(config.read_text())["settings"]["training"]["sft"]["minutes"] == pytest.approx(0.1 * 0.2, abs=0.1)
-    out = niels("quickstart", "--minutes", "0.05", "--no-chat", cwd=folder).stdout
+    out = niels_until(r"\[4/5 fine-tuning\]", "quickstart", "--minutes", "0.05", "--no-chat", cwd=folder)
     (aside,) = folder.glob("checkpoints-*")
     assert f"moved to {aside.name}" in out and (aside / "best.pt").read_bytes() == old
     assert "resumed from" not in out
