@@ -12,28 +12,29 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from niels_gpt import files
-from niels_gpt.cache.format import DEFAULT_SHARD_BYTES, SPLITS, TOKEN_DTYPE
-from niels_gpt.cache.integrity import DEFAULT_CACHE_DIR, open_folder
+from niels_gpt.cache.flags import PHASES, Roots, chosen_roots, chosen_settings, chosen_tokenizer
+from niels_gpt.cache.format import TOKEN_DTYPE
+from niels_gpt.cache.integrity import DEFAULT_CACHE_DIR
 from niels_gpt.cache.pretrain import build_pretrain
-from niels_gpt.cache.sft import build_primer_sft_cache, build_sft
+from niels_gpt.cache.sft import build_sft
+from niels_gpt.cache.sft_build import build_primer_sft_cache
 from niels_gpt.cache.shared import Progress
+from niels_gpt.cache.show import show, summary, verify
+from niels_gpt.cache.writing import DEFAULT_SHARD_BYTES
 from niels_gpt.data.primer_source import find_jsonl
 from niels_gpt.data.registry import canonical_name, get_source, is_optional
-from niels_gpt.settings import Settings, load_overrides, tokenizer_file, validate_overrides
-from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from niels_gpt.settings import Settings
+from niels_gpt.tokenizer import SentencePieceTokenizer, Tokenizer
 
 SEED = 42
 VAL_FRAC = 0.1
 T_MAX = 1024
 FINEWEB_TRAIN_TOKENS = 200_000_000
 FINEWEB_VAL_TOKENS = 5_000_000
-
-_PHASES = ("pretrain", "sft")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
     build = commands.add_parser("build", help="build the caches of some sources")
     build.add_argument("sources", nargs="+", metavar="SOURCE")
-    build.add_argument("--phase", choices=(*_PHASES, "both"), default="both", help="default: all that a source has")
+    build.add_argument("--phase", choices=(*PHASES, "both"), default="both", help="default: all that a source has")
     build.set_defaults(run=_build)
 
     everything = commands.add_parser("build-all", help="build the caches of every source in the mixes")
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     primer.add_argument("--out-dir", default="data/cache/sft", help="the cache is written to OUT_DIR/primer")
     primer.set_defaults(run=_build_sft_primer)
 
-    for name, run, text in (("show", _show, "list caches"), ("verify", _verify, "hash every cache again")):
+    for name, run, text in (("show", show, "list caches"), ("verify", verify, "hash every cache again")):
         command = commands.add_parser(name, help=text)
         command.add_argument("sources", nargs="*", metavar="SOURCE", help="default: all")
         command.add_argument("--cache-dir", help=f"holds pretrain/ and sft/ (default: {DEFAULT_CACHE_DIR})")
@@ -100,69 +101,24 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--skip-bad", action="store_true", help="drop and count bad chats instead of stopping")
 
 
-# What the flags mean
-
-
-@dataclass(frozen=True)
-class _Roots:
-    pretrain: Path
-    sft: Path
-
-    def of(self, phase: str) -> Path:
-        return self.pretrain if phase == "pretrain" else self.sft
-
-
-def _settings(args: argparse.Namespace) -> Settings:
-    overrides = load_overrides(args.config)
-    validate_overrides(overrides)  # before it is added to
-    given = {
-        ("roam", "root_dir"): getattr(args, "roam_dir", None),
-        ("text", "root_dir"): getattr(args, "text_dir", None),
-        ("primer", "jsonl_path"): getattr(args, "primer_jsonl", None),
-        ("primer", "seed"): (seed := getattr(args, "seed", None)),
-        **{(source, "split_seed"): seed for source in ("roam", "text", "chitchat")},
-    }
-    for (source, key), value in given.items():
-        if value is not None:
-            overrides.setdefault("data", {}).setdefault(source, {})[key] = value
-    return validate_overrides(overrides)
-
-
-def _roots(args: argparse.Namespace, settings: Settings) -> _Roots:
-    caches = settings.data.caches
-    roots = _Roots(Path(caches.pretrain_token_cache), Path(caches.sft_token_cache))
-    if args.cache_dir is not None:
-        roots = _Roots(Path(args.cache_dir) / "pretrain", Path(args.cache_dir) / "sft")
-    out_dir = getattr(args, "out_dir", None)
-    return roots if out_dir is None else _Roots(roots.pretrain, Path(out_dir))
-
-
-def _tokenizer(args: argparse.Namespace, settings: Settings) -> Tokenizer:
-    chosen = settings.tokenizer
-    if args.tokenizer is None and chosen.type == "byte":
-        return ByteTokenizer()
-    path = Path(args.tokenizer) if args.tokenizer else tokenizer_file(chosen) or Path(chosen.model_path)
-    return load_tokenizer(path, chosen.expected_special_token_ids.model_dump())
-
-
 # Building
 
 
 def _build(args: argparse.Namespace) -> int:
-    settings = _settings(args)
-    tokenizer, roots = _tokenizer(args, settings), _roots(args, settings)
+    settings = chosen_settings(args)
+    tokenizer, roots = chosen_tokenizer(args, settings), chosen_roots(args, settings)
     jobs = []
     for name in map(canonical_name, dict.fromkeys(args.sources)):
         source = get_source(name)
         has = {"pretrain": source.documents is not None, "sft": source.chats is not None}
-        jobs += [(phase, name) for phase in _PHASES if args.phase == phase or (args.phase == "both" and has[phase])]
+        jobs += [(phase, name) for phase in PHASES if args.phase == phase or (args.phase == "both" and has[phase])]
     failed = [name for phase, name in jobs if not _build_one(args, settings, tokenizer, roots, phase, name)]
     return 1 if failed else 0
 
 
 def _build_all(args: argparse.Namespace) -> int:
-    settings = _settings(args)
-    tokenizer, roots = _tokenizer(args, settings), _roots(args, settings)
+    settings = chosen_settings(args)
+    tokenizer, roots = chosen_tokenizer(args, settings), chosen_roots(args, settings)
     mixes = {"pretrain": settings.data.mix_pretrain, "sft": settings.data.mix_sft}
     jobs = [(phase, name) for phase, mix in mixes.items() for name in mix]
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -181,7 +137,7 @@ def _build_all(args: argparse.Namespace) -> int:
 
 
 def _build_one(
-    args: argparse.Namespace, settings: Settings, tokenizer: Tokenizer, roots: _Roots, phase: str, name: str
+    args: argparse.Namespace, settings: Settings, tokenizer: Tokenizer, roots: Roots, phase: str, name: str
 ) -> bool:
     seed = SEED if args.seed is None else args.seed
     if phase == "pretrain":
@@ -216,11 +172,11 @@ def _build_one(
 
 
 def _build_sft_primer(args: argparse.Namespace) -> int:
-    settings = _settings(args)
+    settings = chosen_settings(args)
     out_dir = Path(args.out_dir)
     if out_dir.name != "primer":
         out_dir /= "primer"
-    tokenizer = _tokenizer(args, settings)
+    tokenizer = chosen_tokenizer(args, settings)
     done = _report(
         "sft/primer",
         False,
@@ -254,20 +210,8 @@ def _report(name: str, optional: bool, build: Callable[[Progress], dict[str, Any
         print(f"✗ {name} failed: {_explained(error)}", file=sys.stderr)
         return False
     took = "up to date" if meta.get("reused") else f"{time.monotonic() - started:.1f} s"
-    print(f"✓ {name}: {_summary(meta)}, {took}")
+    print(f"✓ {name}: {summary(meta)}, {took}")
     return True
-
-
-def _summary(meta: dict[str, Any]) -> str:
-    """Documents and tokens of train and val, and what was dropped."""
-    tokens = {split: meta.get(f"{split}_tokens", 0) for split in SPLITS}
-    if "splits" in meta:
-        tokens = {split: meta["splits"][split]["num_tokens"] for split in SPLITS}
-    counts = {"documents": meta.get("documents"), "tokens": tokens}
-    parts = [f"{n['train']:,} + {n['val']:,} {what}" for what, n in counts.items() if n]
-    if meta.get("dropped"):
-        parts.append("dropped " + ", ".join(f"{count} {reason}" for reason, count in meta["dropped"].items()))
-    return ", ".join(parts) + " (train + val)"
 
 
 @contextmanager
@@ -303,51 +247,6 @@ def _copy_tokenizer(tokenizer: SentencePieceTokenizer, folder: Path) -> None:
         "token_dtype": TOKEN_DTYPE,
     }
     files.write_json(folder / "meta.json", meta)
-
-
-# Looking
-
-
-def _found(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
-    """(phase/source, folder) of every cache, or of the named ones."""
-    settings = _settings(args)
-    roots = _roots(args, settings)
-    wanted = {canonical_name(name) for name in args.sources}
-    found = 0
-    for phase in _PHASES:
-        for meta in sorted(roots.of(phase).glob("*/meta.json")):
-            if not meta.parent.name.startswith(".") and (not wanted or meta.parent.name in wanted):
-                found += 1
-                yield f"{phase}/{meta.parent.name}", meta.parent
-    if not found:
-        raise FileNotFoundError(f"no caches in {roots.pretrain} or {roots.sft}; build some with the command build")
-
-
-def _show(args: argparse.Namespace) -> int:
-    bad = 0
-    for name, folder in _found(args):
-        try:
-            _, meta, _ = open_folder(folder.parent, folder.name)
-        except (ValueError, FileNotFoundError) as error:
-            bad += 1
-            print(f"✗ {name}: {error}", file=sys.stderr)
-        else:
-            print(f"✓ {name}: {_summary(meta)}, tokenizer {str(meta.get('tokenizer_sha256'))[:12]}")
-    return 1 if bad else 0
-
-
-def _verify(args: argparse.Namespace) -> int:
-    bad = 0
-    for name, folder in _found(args):
-        try:
-            _, meta, _ = open_folder(folder.parent, folder.name, verify=True)
-        except (ValueError, FileNotFoundError) as error:
-            bad += 1
-            print(f"✗ {name}: {error}", file=sys.stderr)
-            continue
-        listed = meta.get("files")
-        print(f"✓ {name}: {len(listed)} files are as written" if listed else f"- {name}: it records no hashes to check")
-    return 1 if bad else 0
 
 
 if __name__ == "__main__":

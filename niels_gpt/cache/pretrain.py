@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from niels_gpt.batching import TokenStream
-from niels_gpt.cache.format import DEFAULT_SHARD_BYTES, PretrainWriter, open_pretrain, writing_pretrain
+from niels_gpt.cache.format import open_pretrain
 from niels_gpt.cache.shared import (
     Progress,
     fingerprint,
@@ -20,6 +20,7 @@ from niels_gpt.cache.shared import (
     up_to_date,
     warn,
 )
+from niels_gpt.cache.writing import DEFAULT_SHARD_BYTES, PretrainWriter, writing_pretrain
 from niels_gpt.data.registry import get_source, is_optional
 from niels_gpt.settings import Settings
 from niels_gpt.special_tokens import assert_no_special_collision

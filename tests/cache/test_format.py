@@ -18,7 +18,8 @@ import pytest
 from niels_gpt.cache import folder as folder_module
 from niels_gpt.cache import integrity
 from niels_gpt.cache.folder import replacing_folder, sweep_folder, whole_folder
-from niels_gpt.cache.format import open_pretrain, open_sft, writing_pretrain, writing_sft
+from niels_gpt.cache.format import open_pretrain, open_sft
+from niels_gpt.cache.writing import writing_pretrain, writing_sft
 from niels_gpt.files import sha256_file
 from tests.reference import BUNDLE, needs_bundle
 
@@ -358,7 +359,7 @@ def test_a_failing_build_leaves_the_old_cache_alone(root: Path) -> None:
     before = {path: path.read_bytes() for path in data_files(root)}
     for build, name in ((build_pretrain_cache, "n"), (build_sft_cache, "t")):
         with pytest.raises(RuntimeError, match=name), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("niels_gpt.cache.format.write_meta", Mock(side_effect=RuntimeError(name)))
+            patch.setattr("niels_gpt.cache.writing.write_meta", Mock(side_effect=RuntimeError(name)))
             build(root)
     assert {path: path.read_bytes() for path in data_files(root)} == before
     assert {path.name for path in root.iterdir()} == {"notes", "talk"}

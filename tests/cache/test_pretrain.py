@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from niels_gpt.cache.format import open_pretrain, writing_pretrain
+from niels_gpt.cache.format import open_pretrain
 from niels_gpt.cache.pretrain import build_pretrain, open_mix, shuffled, write_budgeted
+from niels_gpt.cache.writing import writing_pretrain
 from niels_gpt.settings import Settings, validate_overrides
 from niels_gpt.special_tokens import SPECIAL_TOKENS
 from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer

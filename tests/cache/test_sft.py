@@ -11,14 +11,8 @@ import pytest
 import torch
 
 from niels_gpt.cache.format import SftExamples, open_sft
-from niels_gpt.cache.sft import (
-    build_primer_sft_cache,
-    build_sft,
-    build_sft_cache,
-    open_mix,
-    pack_batch,
-    padded_batch,
-)
+from niels_gpt.cache.sft import build_sft, open_mix, pack_batch, padded_batch
+from niels_gpt.cache.sft_build import build_primer_sft_cache, build_sft_cache
 from niels_gpt.chat_format import render
 from niels_gpt.settings import Settings, validate_overrides
 from niels_gpt.special_tokens import SPECIAL_TOKENS
