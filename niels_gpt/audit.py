@@ -45,7 +45,6 @@ AWAITED: tuple[str, ...] = (
     "data.dolly",
     "data.oasst1",
     "benchmark",
-    "reproducibility.dataset_shuffle_buffer_size",
 )
 # Records that carry a section's values under the same field names.
 OTHER_NAMES = {"training": ("train_cfg", "TrainConfig"), "model": ("model_cfg", "ModelConfig", "arch", "Architecture")}

@@ -22,7 +22,6 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
         "cache.format",
         "cache.folder",
         "cache.integrity",
-        "cache.writing",
     ),
     3: ("chat_format", "streams", "cache", "checkpoint", "infer"),
     4: ("eval", "generate", "chat", "recall", "summary"),

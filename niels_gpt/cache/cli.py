@@ -1,8 +1,9 @@
 """Build, list and check token caches: `python -m niels_gpt.cache.cli COMMAND`.
 
 `build SOURCE...` makes the caches of some sources, `build-all` those of the mixes, `build-sft-primer` that of any chat
-JSONL file; `show` lists what is there, `verify` reads every byte of it again. Caches that are up to date are kept.
-Exit status: 0 done, 1 something failed (the rest is built all the same), 2 wrong usage.
+JSONL file; `show` lists what is there with samples, `verify` reads every byte of it again. Caches that are up to date
+are kept, and a build that was stopped goes on where it was.
+Exit status: 0 done, 1 something failed (the rest is built all the same), 2 wrong usage, 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,13 +11,21 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from niels_gpt import files
-from niels_gpt.cache.flags import PHASES, Roots, chosen_roots, chosen_settings, chosen_tokenizer
+from niels_gpt.cache.flags import (
+    PHASES,
+    Roots,
+    add_building,
+    add_sources,
+    chosen_budgets,
+    chosen_roots,
+    chosen_settings,
+    chosen_tokenizer,
+)
 from niels_gpt.cache.format import TOKEN_DTYPE
 from niels_gpt.cache.integrity import DEFAULT_CACHE_DIR
 from niels_gpt.cache.pretrain import build_pretrain
@@ -24,17 +33,11 @@ from niels_gpt.cache.sft import build_sft
 from niels_gpt.cache.sft_build import build_primer_sft_cache
 from niels_gpt.cache.shared import Progress
 from niels_gpt.cache.show import show, summary, verify
-from niels_gpt.cache.writing import DEFAULT_SHARD_BYTES
+from niels_gpt.cache.watch import watching
 from niels_gpt.data.primer_source import find_jsonl
 from niels_gpt.data.registry import canonical_name, get_source, is_optional
 from niels_gpt.settings import Settings
 from niels_gpt.tokenizer import SentencePieceTokenizer, Tokenizer
-
-SEED = 42
-VAL_FRAC = 0.1
-T_MAX = 1024
-FINEWEB_TRAIN_TOKENS = 200_000_000
-FINEWEB_VAL_TOKENS = 5_000_000
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {_explained(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; unfinished caches were removed", file=sys.stderr)
+        print("stopped; run the same command again to go on from here", file=sys.stderr)
         return 130
 
 
@@ -63,26 +66,18 @@ def _parser() -> argparse.ArgumentParser:
     build.set_defaults(run=_build)
 
     everything = commands.add_parser("build-all", help="build the caches of every source in the mixes")
-    everything.add_argument(
-        "--fineweb-train-tokens", type=int, default=FINEWEB_TRAIN_TOKENS, help="budget of fineweb_edu"
-    )
-    everything.add_argument("--fineweb-val-tokens", type=int, default=FINEWEB_VAL_TOKENS, help="budget of fineweb_edu")
     everything.set_defaults(run=_build_all)
 
-    for command in (build, everything):
-        _add_common(command)
-        command.add_argument("--cache-dir", help=f"holds pretrain/ and sft/ (default: {DEFAULT_CACHE_DIR})")
-        command.add_argument("--out-dir", help="folder of the chat caches (default: sft/ in the cache folder)")
-        command.add_argument("--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="size of a shard file")
-        command.add_argument("--roam-dir", help="folder of your notes, for the source roam")
-        command.add_argument("--text-dir", help="folder of your text files, for the source text")
-
     primer = commands.add_parser("build-sft-primer", help="build the chat cache of a chat JSONL file")
-    _add_common(primer)
     primer.add_argument("--out-dir", default="data/cache/sft", help="the cache is written to OUT_DIR/primer")
     primer.set_defaults(run=_build_sft_primer)
 
-    for name, run, text in (("show", show, "list caches"), ("verify", verify, "hash every cache again")):
+    for command in (build, everything, primer):
+        add_building(command)
+    for command in (build, everything):
+        add_sources(command)
+
+    for name, run, text in (("show", show, "list caches with samples"), ("verify", verify, "hash every cache again")):
         command = commands.add_parser(name, help=text)
         command.add_argument("sources", nargs="*", metavar="SOURCE", help="default: all")
         command.add_argument("--cache-dir", help=f"holds pretrain/ and sft/ (default: {DEFAULT_CACHE_DIR})")
@@ -91,28 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", help="JSON file of overrides: mixes, folders, tokenizer")
-    command.add_argument("--tokenizer", help="SentencePiece model (default: tokenizer.model_path)")
-    command.add_argument("--primer-jsonl", help="chat JSONL file (default: data.primer.jsonl_path)")
-    command.add_argument("--seed", type=int, help=f"seed of every split (default: {SEED})")
-    command.add_argument("--val-frac", type=float, default=VAL_FRAC, help="share of the chats kept for validation")
-    command.add_argument("--t-max", type=int, default=T_MAX, help="longest primer conversation, tokens")
-    command.add_argument("--skip-bad", action="store_true", help="drop and count bad chats instead of stopping")
-
-
-# Building
-
-
 def _build(args: argparse.Namespace) -> int:
     settings = chosen_settings(args)
     tokenizer, roots = chosen_tokenizer(args, settings), chosen_roots(args, settings)
     jobs = []
     for name in map(canonical_name, dict.fromkeys(args.sources)):
         source = get_source(name)
-        has = {"pretrain": source.documents is not None, "sft": source.chats is not None}
+        has = {"pretrain": source.documents is not None or source.stream is not None, "sft": source.chats is not None}
         jobs += [(phase, name) for phase in PHASES if args.phase == phase or (args.phase == "both" and has[phase])]
-    failed = [name for phase, name in jobs if not _build_one(args, settings, tokenizer, roots, phase, name)]
+    failed = [(phase, name) for phase, name in jobs if not _build_one(args, settings, tokenizer, roots, phase, name)]
+    if len(jobs) > 1 and failed:
+        print(f"error: not built: {', '.join(f'{phase}/{name}' for phase, name in failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -124,8 +108,7 @@ def _build_all(args: argparse.Namespace) -> int:
     if isinstance(tokenizer, SentencePieceTokenizer):
         _copy_tokenizer(tokenizer, roots.pretrain.parent / "tokenizer")
     print(f"building {', '.join(f'{phase}/{name}' for phase, name in jobs)} in {roots.pretrain} and {roots.sft}")
-    for phase, name in jobs:
-        _build_one(args, settings, tokenizer, roots, phase, name)
+    failed = [job for job in jobs if not _build_one(args, settings, tokenizer, roots, *job)]
     missing = [
         str(path)
         for phase, name in jobs
@@ -133,47 +116,28 @@ def _build_all(args: argparse.Namespace) -> int:
     ]
     if missing:
         raise FileNotFoundError(f"caches of the mixes are missing: {', '.join(missing)}")
+    if failed:
+        raise ValueError(f"not built anew: {', '.join(f'{phase}/{name}' for phase, name in failed)}; the old ones stay")
     return 0
 
 
 def _build_one(
     args: argparse.Namespace, settings: Settings, tokenizer: Tokenizer, roots: Roots, phase: str, name: str
 ) -> bool:
-    seed = SEED if args.seed is None else args.seed
-    if phase == "pretrain":
-        return _report(
-            f"{phase}/{name}",
-            is_optional(name),
-            lambda progress: build_pretrain(
-                settings,
-                tokenizer,
-                name,
-                root=roots.pretrain,
-                seed=seed,
-                shard_bytes=args.shard_bytes,
-                progress=progress,
-            ),
-        )
-    return _report(
-        f"{phase}/{name}",
-        is_optional(name),
-        lambda progress: build_sft(
-            settings,
-            tokenizer,
-            name,
-            root=roots.sft,
-            seed=seed,
-            val_frac=args.val_frac,
-            t_max=args.t_max,
-            strict=not args.skip_bad,
-            progress=progress,
-        ),
-    )
+    def text(progress: Progress) -> dict[str, Any]:
+        budgets = chosen_budgets(args, name)
+        options = {"root": roots.pretrain, "workers": args.workers, "progress": progress}
+        return build_pretrain(settings, tokenizer, name, **options, **budgets)
+
+    def chats(progress: Progress) -> dict[str, Any]:
+        return build_sft(settings, tokenizer, name, root=roots.sft, strict=not args.skip_bad, progress=progress)
+
+    return _report(f"{phase}/{name}", is_optional(name), text if phase == "pretrain" else chats)
 
 
 def _build_sft_primer(args: argparse.Namespace) -> int:
     settings = chosen_settings(args)
-    out_dir = Path(args.out_dir)
+    out_dir, primer = Path(args.out_dir), settings.data.primer
     if out_dir.name != "primer":
         out_dir /= "primer"
     tokenizer = chosen_tokenizer(args, settings)
@@ -184,9 +148,9 @@ def _build_sft_primer(args: argparse.Namespace) -> int:
             find_jsonl(settings),
             out_dir,
             tokenizer=tokenizer,
-            seed=SEED if args.seed is None else args.seed,
-            val_frac=args.val_frac,
-            t_max=args.t_max,
+            seed=primer.seed,
+            val_frac=primer.val_frac,
+            t_max=primer.t_max,
             strict=not args.skip_bad,
             progress=progress,
         ),
@@ -198,7 +162,7 @@ def _report(name: str, optional: bool, build: Callable[[Progress], dict[str, Any
     """Run one build with a progress line; print how it went. A missing optional source is no failure."""
     started = time.monotonic()
     try:
-        with _progress(name) as progress:
+        with watching(name) as progress:
             meta = build(progress)
     except FileNotFoundError as error:
         if optional:
@@ -206,30 +170,14 @@ def _report(name: str, optional: bool, build: Callable[[Progress], dict[str, Any
             return True
         print(f"✗ {name} failed: {error}", file=sys.stderr)
         return False
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"✗ {name} failed: {_explained(error)}", file=sys.stderr)
         return False
     took = "up to date" if meta.get("reused") else f"{time.monotonic() - started:.1f} s"
+    if kept := meta.get("reused_documents"):
+        took = f"reused {kept:,} documents, tokenized {sum(meta['documents'].values()) - kept:,}, {took}"
     print(f"✓ {name}: {summary(meta)}, {took}")
     return True
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Progress]:
-    """A line on stderr that counts documents while the block runs, where stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed:,}"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=None)
-
-        def update(split: str, count: int) -> None:
-            bar.update(task, description=f"{name} {split} documents", completed=count)
-
-        yield update
 
 
 def _copy_tokenizer(tokenizer: SentencePieceTokenizer, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The on-disk formats of token caches, and reading them; `writing` is the other half.
 
-* Pretraining, `ROOT/SOURCE/`: `{train,val}/shard_%05d.bin`, uint16 little-endian tokens. Documents run across shards.
+* Pretraining, `ROOT/SOURCE/`: `{train,val}/shard_%05d.bin`, uint16 little-endian tokens. Documents run across shards;
+  `{train,val}_documents.bin` lists them (`DOCUMENT`) where a later build may use their tokens again (`known`).
 * Chats, `ROOT/SOURCE/`: `{train,val}_input_ids.bin` (uint16), `_labels.bin` (int32, not shifted, -100 where a token is
   no target) and `_idx.npy` (int64, where each conversation starts).
 * Byte streams of the first generation, `ROOT/SOURCE_SPLIT.bin`, are read only.
@@ -25,6 +26,12 @@ SPLITS = ("train", "val")
 TOKEN_DTYPE, LABEL_DTYPE = "uint16-le", "int32-le"
 
 TOKEN, LABEL, _BYTE = np.dtype("<u2"), np.dtype("<i4"), np.dtype("u1")
+DOCUMENT = np.dtype([("digest", "V16"), ("end", "<i8")])  # half of its text's sha256; where its tokens end in the split
+
+
+def index_name(split: str) -> str:
+    """The file that lists the documents of a split."""
+    return f"{split}_documents.bin"
 
 
 def open_pretrain(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from niels_gpt.batching import Batch, check_mix, draw_sources
+from niels_gpt.cache.folder import locked
 from niels_gpt.cache.format import SftExamples, open_sft
 from niels_gpt.cache.sft_build import build_primer_sft_cache, build_sft_cache, write_chats
 from niels_gpt.cache.shared import Progress, fingerprint, open_sources, renormalised, up_to_date, warn
@@ -35,16 +36,17 @@ def build_sft(
     source: str,
     *,
     root: str | Path,
-    seed: int,
-    val_frac: float,
-    t_max: int,
+    seed: int | None = None,
+    val_frac: float | None = None,
+    t_max: int | None = None,
     strict: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build ROOT/SOURCE from the source's chats; returns its meta.json.
 
     A whole cache of the same data, tokenizer and options is kept: the result then has `reused`. `seed` and `val_frac`
-    split sources that do not split themselves; `t_max`, the longest conversation in tokens, is for primer alone.
+    split sources that do not split themselves; `t_max`, the longest conversation in tokens, is for primer alone. What
+    is not given is that of `data.primer` for primer, else that of `data.caches`.
     `strict` makes a chat with a special token literal, or a malformed line of primer.jsonl, an error; otherwise such
     chats are dropped and counted.
 
@@ -56,6 +58,9 @@ def build_sft(
     if entry.chats is None:
         raise ValueError(f"the source {entry.name} has text, not chats; build it for pretrain")
     folder = Path(root) / entry.name
+    chosen = settings.data.primer if entry.name == "primer" else settings.data.caches
+    seed = chosen.seed if seed is None else seed
+    val_frac = chosen.val_frac if val_frac is None else val_frac
     if entry.name == "primer":
         return build_primer_sft_cache(
             find_jsonl(settings),
@@ -63,31 +68,32 @@ def build_sft(
             tokenizer=tokenizer,
             seed=seed,
             val_frac=val_frac,
-            t_max=t_max,
+            t_max=settings.data.primer.t_max if t_max is None else t_max,
             strict=strict,
             progress=progress,
         )
     description = entry.describe(settings, "sft")
     options = {"strict": strict} if entry.splits_chats else {"strict": strict, "seed": seed, "val_frac": val_frac}
     wanted = fingerprint(description, **options)
-    if kept := up_to_date(folder, wanted, tokenizer):
-        return kept
-    known = {key: value for key, value in description.items() if key != "files"}
-    meta = {"dataset_config": None, **known, "seed": seed, "source_fingerprint": wanted}
-    if not entry.splits_chats:
-        examples = [chat.messages for chat in entry.chats(settings, "all")]
-        return build_sft_cache(
-            examples,
-            folder,
-            tokenizer=tokenizer,
-            seed=seed,
-            val_frac=val_frac,
-            strict=strict,
-            meta=meta,
-            progress=progress,
-        )
-    splits = {split: [chat.messages for chat in entry.chats(settings, split)] for split in ("val", "train")}
-    return write_chats(folder, splits, tokenizer, {**meta, "val_frac": None}, strict=strict, progress=progress)
+    with locked(folder):
+        if kept := up_to_date(folder, wanted, tokenizer):
+            return kept
+        known = {key: value for key, value in description.items() if key != "files"}
+        meta = {"dataset_config": None, **known, "seed": seed, "source_fingerprint": wanted}
+        if not entry.splits_chats:
+            examples = [chat.messages for chat in entry.chats(settings, "all")]
+            return build_sft_cache(
+                examples,
+                folder,
+                tokenizer=tokenizer,
+                seed=seed,
+                val_frac=val_frac,
+                strict=strict,
+                meta=meta,
+                progress=progress,
+            )
+        splits = {split: [chat.messages for chat in entry.chats(settings, split)] for split in ("val", "train")}
+        return write_chats(folder, splits, tokenizer, {**meta, "val_frac": None}, strict=strict, progress=progress)
 
 
 # Reading

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from niels_gpt.cache.shared import Progress, fingerprint, tokenizer_meta, up_to_date
+from niels_gpt.cache.folder import locked
+from niels_gpt.cache.shared import Done, Progress, fingerprint, tokenizer_meta, up_to_date
 from niels_gpt.cache.writing import SftWriter, writing_sft
 from niels_gpt.chat_format import AnyMessage, render
 from niels_gpt.data.primer import iter_chat_jsonl_lenient
@@ -84,38 +85,39 @@ def build_primer_sft_cache(
     if not 0 <= val_frac < 1 or t_max < 2:
         raise ValueError(f"val_frac must be in [0, 1) and t_max at least 2, got val_frac={val_frac} and t_max={t_max}")
     wanted = fingerprint({"sha256": sha256_file(path)}, seed=seed, val_frac=val_frac, t_max=t_max, strict=strict)
-    if kept := up_to_date(Path(out_dir), wanted, tokenizer):
-        return kept
-    examples: list[Example] = []
-    malformed = 0
-    for number, messages, reason in iter_chat_jsonl_lenient(path):
-        if messages is None and reason and not reason.startswith("no assistant message"):
-            if strict:
-                raise ValueError(f"{path}: line {number}: {reason}")
-            malformed += 1
-            continue
-        examples.append(messages or [])
-    if not examples:
-        raise ValueError(f"{path}: no example in it; each line must be an object such as {{'messages': [...]}}")
-    held_out = val_indices(len(examples), val_frac, seed)
-    splits = {
-        "val": [messages for i, messages in enumerate(examples) if i in held_out],
-        "train": [messages for i, messages in enumerate(examples) if i not in held_out],
-    }
-    meta = {
-        "source": "primer",
-        "dataset_name": "primer",
-        "dataset_config": None,
-        "split_rule": f"by example, val_frac={val_frac}, seed={seed}",
-        "seed": seed,
-        "val_frac": val_frac,
-        "T_max": t_max,
-        "source_fingerprint": wanted,
-    }
-    dropped = Counter({"malformed": malformed})
-    return write_chats(
-        Path(out_dir), splits, tokenizer, meta, strict=strict, t_max=t_max, dropped=dropped, progress=progress
-    )
+    with locked(Path(out_dir)):
+        if kept := up_to_date(Path(out_dir), wanted, tokenizer):
+            return kept
+        examples: list[Example] = []
+        malformed = 0
+        for number, messages, reason in iter_chat_jsonl_lenient(path):
+            if messages is None and reason and not reason.startswith("no assistant message"):
+                if strict:
+                    raise ValueError(f"{path}: line {number}: {reason}")
+                malformed += 1
+                continue
+            examples.append(messages or [])
+        if not examples:
+            raise ValueError(f"{path}: no example in it; each line must be an object such as {{'messages': [...]}}")
+        held_out = val_indices(len(examples), val_frac, seed)
+        splits = {
+            "val": [messages for i, messages in enumerate(examples) if i in held_out],
+            "train": [messages for i, messages in enumerate(examples) if i not in held_out],
+        }
+        meta = {
+            "source": "primer",
+            "dataset_name": "primer",
+            "dataset_config": None,
+            "split_rule": f"by example, val_frac={val_frac}, seed={seed}",
+            "seed": seed,
+            "val_frac": val_frac,
+            "T_max": t_max,
+            "source_fingerprint": wanted,
+        }
+        dropped = Counter({"malformed": malformed})
+        return write_chats(
+            Path(out_dir), splits, tokenizer, meta, strict=strict, t_max=t_max, dropped=dropped, progress=progress
+        )
 
 
 def write_chats(
@@ -140,7 +142,7 @@ def write_chats(
                 if reason:
                     dropped[reason] += 1
                 if progress:
-                    progress(split, n + 1)
+                    progress(Done(split, n + 1, of_documents=len(examples)))
         kept = writer.n_examples("train")
         if not kept:
             raise ValueError(f"no conversation to train on is left for {folder.name}; dropped: {dict(dropped)}")
