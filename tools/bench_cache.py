@@ -80,7 +80,9 @@ def prepare(folder: Path, mb: float) -> tuple[Settings, Any]:
     settings = settings_for(folder)
     texts = shipped_texts(settings)
     train_tokenizer(texts, folder, vocab_size=settings.tokenizer.vocab_size)
-    datasets.Dataset.from_dict({"text": list(made_texts(texts, int(mb * 1e6), SEED))}).save_to_disk(str(folder / "text"))
+    datasets.Dataset.from_dict({"text": list(made_texts(texts, int(mb * 1e6), SEED))}).save_to_disk(
+        str(folder / "text")
+    )
     return settings, datasets.load_from_disk(str(folder / "text"))
 
 
@@ -199,7 +201,9 @@ def stream(gb: float) -> None:
             meta = build_pretrain(settings, tokenizer, NAME, root=folder / "ours", train_tokens=total, workers=2)
         seconds = time.perf_counter() - began
     read = sum(meta["bytes"].values())
-    print(f"{read / 1e9:.2f} GB as one stream in {seconds:.0f} s ({read / 1e6 / seconds:.1f} MB/s with making the text)")
+    print(
+        f"{read / 1e9:.2f} GB as one stream in {seconds:.0f} s ({read / 1e6 / seconds:.1f} MB/s with making the text)"
+    )
     print(f"peak memory of all processes: {peak.pss / 1e6:.0f} MB (rss summed {peak.rss / 1e6:.0f} MB)")
 
 

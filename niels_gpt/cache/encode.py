@@ -106,7 +106,7 @@ class Encoder:
 
     def _encode_whole(self, parts: Sequence[str], ends: Sequence[bool]) -> Encoded:
         if self._tokenizer.kind == "byte":
-            encoded = [np.frombuffer(_utf8(part), dtype=np.uint8) for part in parts]
+            encoded = [np.frombuffer(words.whole_unicode(part).encode(), dtype=np.uint8) for part in parts]
         else:
             # Models that drop blanks at the start of a text would drop those at a cut: there, "." goes before the part.
             lead = len(self._tokenizer.encode(".")) if self._tokenizer.drops_leading_blanks else 0
@@ -205,7 +205,8 @@ class _Pool:
                 f"a worker process that encodes text ended with status {process.returncode}; "
                 "if memory ran out, build with --workers 1; the same command goes on where this one stopped"
             ) from error
-        self._idle.put(process)
+        finally:
+            self._idle.put(process)  # a dead one too: whoever waits for it must learn of it
         return reply
 
     def close(self) -> None:
@@ -237,10 +238,6 @@ def _start_worker(plan: words.Plan) -> subprocess.Popen[bytes]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "replace") if not text.isascii() else text.encode()
 
 
 def _blank_ids(tokenizer: Tokenizer) -> list[int]:

@@ -26,6 +26,7 @@ import sentencepiece
 
 BLANK = "\u2581"  # how pieces write a blank
 MEMORY_TOKENS = 1_000_000  # ids of known words that are kept, some 40 MB with the words
+_TOGETHER = 256  # new words encoded as one text
 _PROBE = "ﬁ ½ ① ﾊﾝｶｸ \u3000 e\u0301 A\u030a \u200b\u00ad \r\n\t  x  "  # what normalisers change
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _runs = re.compile(" *[^ ]+| +").findall
@@ -68,15 +69,28 @@ def _words(text: str) -> list[Word]:
     return split
 
 
+def whole_unicode(text: str) -> str:
+    """The text with U+FFFD for every half of a surrogate pair, which UTF-8 cannot hold."""
+    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
+
+
 class _Known(dict[Word, int]):
-    """Words by number; a look-up of a new one numbers it and notes its text in `new`."""
+    """Words by number. A look-up of a new one numbers it and notes it: in `new`, or if it takes care in `odd`."""
 
     def __init__(self) -> None:
         self.new: list[str] = []
+        self.new_numbers: list[int] = []
+        self.odd: list[str] = []
+        self.odd_numbers: list[int] = []
 
     def __missing__(self, word: Word) -> int:
         self[word] = number = len(self)
-        self.new.append(word[0] if isinstance(word, tuple) else f" {word}")
+        if isinstance(word, tuple) or not word or BLANK in word:
+            self.odd.append(word[0] if isinstance(word, tuple) else f" {word}")
+            self.odd_numbers.append(number)
+        else:
+            self.new.append(word)
+            self.new_numbers.append(number)
         return number
 
 
@@ -87,6 +101,8 @@ class WordEncoder:
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=plan.model, num_threads=1)
         self._blank_ids = np.array(plan.blank_ids, dtype=np.uint16)
         self._separator = [] if plan.separator is None else [plan.separator]
+        pieces = (self._sp.id_to_piece(i) for i in range(self._sp.get_piece_size()))
+        self._opens_word = np.array([piece.startswith(BLANK) for piece in pieces])
         self._forget()
 
     def _forget(self) -> None:
@@ -119,24 +135,35 @@ class WordEncoder:
 
     def _learn(self) -> None:
         """Encode the words that were looked up for the first time."""
-        if not self._known.new:
+        known, n_ids = self._known, len(self._ids)
+        if len(known) == len(self._lengths):
             return
-        new = self._encode_whole(self._known.new)
-        lengths = np.fromiter(map(len, new), np.int64, len(new))
-        self._starts = np.concatenate([self._starts, len(self._ids) + np.cumsum(lengths) - lengths])
-        self._lengths = np.concatenate([self._lengths, lengths])
-        self._ids = np.concatenate([self._ids, *(ids.astype(np.uint16) for ids in new)])
-        self._known.new.clear()
+        new, new_lengths = self._encode_new(known.new)
+        odd = [self._around_blanks(whole_unicode(word)) for word in known.odd]
+        added = np.empty(len(known) - len(self._lengths), dtype=np.int64)
+        order = np.array(known.new_numbers + known.odd_numbers, dtype=np.int64) - len(self._lengths)
+        lengths = np.concatenate([new_lengths, np.fromiter(map(len, odd), np.int64, len(odd))])
+        added[order] = lengths
+        self._lengths = np.concatenate([self._lengths, added])
+        starts = np.empty_like(added)
+        starts[order] = n_ids + np.cumsum(lengths) - lengths
+        self._starts = np.concatenate([self._starts, starts])
+        self._ids = np.concatenate([self._ids, new, *odd])
+        for noted in (known.new, known.new_numbers, known.odd, known.odd_numbers):
+            noted.clear()
 
-    def _encode_whole(self, words: Sequence[str]) -> list[np.ndarray]:
-        plain = [_SURROGATE.sub("\ufffd", word) for word in words]
-        if not any(BLANK in word for word in plain):
-            return list(self._sp.encode(plain, return_type="numpy"))
-        return [self._around_blanks(word) for word in plain]
+    def _encode_new(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, lengths) of words that each follow one blank: many at once, told apart by the pieces with a blank."""
+        joined = [" " + " ".join(words[i : i + _TOGETHER]) for i in range(0, len(words), _TOGETHER)]
+        encoded = self._sp.encode([whole_unicode(text) for text in joined], return_type="numpy")
+        ids = np.concatenate([np.empty(0, np.uint16), *encoded]).astype(np.uint16)
+        starts = np.flatnonzero(self._opens_word[ids])
+        assert len(starts) == len(words), "a piece with a blank inside; `plan` excludes them"
+        return ids, np.diff(starts, append=len(ids))
 
     def _around_blanks(self, word: str) -> np.ndarray:
         head, *rest = self._sp.encode(word.split(BLANK), return_type="numpy")
-        return np.concatenate([head, *chain.from_iterable((self._blank_ids, ids) for ids in rest)])
+        return np.concatenate([head, *chain.from_iterable((self._blank_ids, ids) for ids in rest)]).astype(np.uint16)
 
 
 def work(requests: BinaryIO, replies: BinaryIO) -> None:
