@@ -165,15 +165,7 @@ def make_caches(plan: Plan, tokenizer: SentencePieceTokenizer, say: Say) -> None
         tokens += meta["train_tokens"]
     for name in sorted(settings.data.mix_sft):
         say(f"{name} chats")
-        meta = build_sft(
-            settings,
-            tokenizer,
-            name,
-            root=caches.sft_token_cache,
-            seed=plan.seed,
-            val_frac=settings.data.primer.val_frac,
-            t_max=settings.model.T + 1,
-        )
+        meta = build_sft(settings, tokenizer, name, root=caches.sft_token_cache, seed=plan.seed)
         reused += bool(meta.get("reused"))
     total = len(settings.data.mix_pretrain) + len(settings.data.mix_sft)
     kept = f", {reused} of {total} caches reused" if reused else ""

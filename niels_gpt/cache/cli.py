@@ -1,8 +1,9 @@
 """Build, list and check token caches: `python -m niels_gpt.cache.cli COMMAND`.
 
 `build SOURCE...` makes the caches of some sources, `build-all` those of the mixes, `build-sft-primer` that of any chat
-JSONL file; `show` lists what is there, `verify` reads every byte of it again. Caches that are up to date are kept.
-Exit status: 0 done, 1 something failed (the rest is built all the same), 2 wrong usage.
+JSONL file; `show` lists what is there with samples, `verify` reads every byte of it again. Caches that are up to date
+are kept, and a build that was stopped goes on where it was.
+Exit status: 0 done, 1 something failed (the rest is built all the same), 2 wrong usage, 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,30 +11,33 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from niels_gpt import files
-from niels_gpt.cache.format import DEFAULT_SHARD_BYTES, SPLITS, TOKEN_DTYPE
-from niels_gpt.cache.integrity import DEFAULT_CACHE_DIR, open_folder
+from niels_gpt.cache.flags import (
+    PHASES,
+    Roots,
+    add_building,
+    add_sources,
+    chosen_budgets,
+    chosen_roots,
+    chosen_settings,
+    chosen_tokenizer,
+)
+from niels_gpt.cache.format import TOKEN_DTYPE
+from niels_gpt.cache.integrity import DEFAULT_CACHE_DIR
 from niels_gpt.cache.pretrain import build_pretrain
-from niels_gpt.cache.sft import build_primer_sft_cache, build_sft
+from niels_gpt.cache.sft import build_sft
+from niels_gpt.cache.sft_build import build_primer_sft_cache
 from niels_gpt.cache.shared import Progress
+from niels_gpt.cache.show import show, summary, verify
+from niels_gpt.cache.watch import watching
 from niels_gpt.data.primer_source import find_jsonl
 from niels_gpt.data.registry import canonical_name, get_source, is_optional
-from niels_gpt.settings import Settings, load_overrides, tokenizer_file, validate_overrides
-from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
-
-SEED = 42
-VAL_FRAC = 0.1
-T_MAX = 1024
-FINEWEB_TRAIN_TOKENS = 200_000_000
-FINEWEB_VAL_TOKENS = 5_000_000
-
-_PHASES = ("pretrain", "sft")
+from niels_gpt.settings import Settings
+from niels_gpt.tokenizer import SentencePieceTokenizer, Tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {files.explained(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; unfinished caches were removed", file=sys.stderr)
+        print("stopped; run the same command again to go on from here", file=sys.stderr)
         return 130
 
 
@@ -54,30 +58,22 @@ def _parser() -> argparse.ArgumentParser:
 
     build = commands.add_parser("build", help="build the caches of some sources")
     build.add_argument("sources", nargs="+", metavar="SOURCE")
-    build.add_argument("--phase", choices=(*_PHASES, "both"), default="both", help="default: all that a source has")
+    build.add_argument("--phase", choices=(*PHASES, "both"), default="both", help="default: all that a source has")
     build.set_defaults(run=_build)
 
     everything = commands.add_parser("build-all", help="build the caches of every source in the mixes")
-    everything.add_argument(
-        "--fineweb-train-tokens", type=int, default=FINEWEB_TRAIN_TOKENS, help="budget of fineweb_edu"
-    )
-    everything.add_argument("--fineweb-val-tokens", type=int, default=FINEWEB_VAL_TOKENS, help="budget of fineweb_edu")
     everything.set_defaults(run=_build_all)
 
-    for command in (build, everything):
-        _add_common(command)
-        command.add_argument("--cache-dir", help=f"holds pretrain/ and sft/ (default: {DEFAULT_CACHE_DIR})")
-        command.add_argument("--out-dir", help="folder of the chat caches (default: sft/ in the cache folder)")
-        command.add_argument("--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="size of a shard file")
-        command.add_argument("--roam-dir", help="folder of your notes, for the source roam")
-        command.add_argument("--text-dir", help="folder of your text files, for the source text")
-
     primer = commands.add_parser("build-sft-primer", help="build the chat cache of a chat JSONL file")
-    _add_common(primer)
     primer.add_argument("--out-dir", default="data/cache/sft", help="the cache is written to OUT_DIR/primer")
     primer.set_defaults(run=_build_sft_primer)
 
-    for name, run, text in (("show", _show, "list caches"), ("verify", _verify, "hash every cache again")):
+    for command in (build, everything, primer):
+        add_building(command)
+    for command in (build, everything):
+        add_sources(command)
+
+    for name, run, text in (("show", show, "list caches with samples"), ("verify", verify, "hash every cache again")):
         command = commands.add_parser(name, help=text)
         command.add_argument("sources", nargs="*", metavar="SOURCE", help="default: all")
         command.add_argument("--cache-dir", help=f"holds pretrain/ and sft/ (default: {DEFAULT_CACHE_DIR})")
@@ -86,86 +82,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", help="JSON file of overrides: mixes, folders, tokenizer")
-    command.add_argument("--tokenizer", help="SentencePiece model (default: tokenizer.model_path)")
-    command.add_argument("--primer-jsonl", help="chat JSONL file (default: data.primer.jsonl_path)")
-    command.add_argument("--seed", type=int, help=f"seed of every split (default: {SEED})")
-    command.add_argument("--val-frac", type=float, default=VAL_FRAC, help="share of the chats kept for validation")
-    command.add_argument("--t-max", type=int, default=T_MAX, help="longest primer conversation, tokens")
-    command.add_argument("--skip-bad", action="store_true", help="drop and count bad chats instead of stopping")
-
-
-# What the flags mean
-
-
-@dataclass(frozen=True)
-class _Roots:
-    pretrain: Path
-    sft: Path
-
-    def of(self, phase: str) -> Path:
-        return self.pretrain if phase == "pretrain" else self.sft
-
-
-def _settings(args: argparse.Namespace) -> Settings:
-    overrides = load_overrides(args.config)
-    validate_overrides(overrides)  # before it is added to
-    given = {
-        ("roam", "root_dir"): getattr(args, "roam_dir", None),
-        ("text", "root_dir"): getattr(args, "text_dir", None),
-        ("primer", "jsonl_path"): getattr(args, "primer_jsonl", None),
-        ("primer", "seed"): (seed := getattr(args, "seed", None)),
-        **{(source, "split_seed"): seed for source in ("roam", "text", "chitchat")},
-    }
-    for (source, key), value in given.items():
-        if value is not None:
-            overrides.setdefault("data", {}).setdefault(source, {})[key] = value
-    return validate_overrides(overrides)
-
-
-def _roots(args: argparse.Namespace, settings: Settings) -> _Roots:
-    caches = settings.data.caches
-    roots = _Roots(Path(caches.pretrain_token_cache), Path(caches.sft_token_cache))
-    if args.cache_dir is not None:
-        roots = _Roots(Path(args.cache_dir) / "pretrain", Path(args.cache_dir) / "sft")
-    out_dir = getattr(args, "out_dir", None)
-    return roots if out_dir is None else _Roots(roots.pretrain, Path(out_dir))
-
-
-def _tokenizer(args: argparse.Namespace, settings: Settings) -> Tokenizer:
-    chosen = settings.tokenizer
-    if args.tokenizer is None and chosen.type == "byte":
-        return ByteTokenizer()
-    path = Path(args.tokenizer) if args.tokenizer else tokenizer_file(chosen) or Path(chosen.model_path)
-    return load_tokenizer(path, chosen.expected_special_token_ids.model_dump())
-
-
-# Building
-
-
 def _build(args: argparse.Namespace) -> int:
-    settings = _settings(args)
-    tokenizer, roots = _tokenizer(args, settings), _roots(args, settings)
+    settings = chosen_settings(args)
+    tokenizer, roots = chosen_tokenizer(args, settings), chosen_roots(args, settings)
     jobs = []
     for name in map(canonical_name, dict.fromkeys(args.sources)):
         source = get_source(name)
-        has = {"pretrain": source.documents is not None, "sft": source.chats is not None}
-        jobs += [(phase, name) for phase in _PHASES if args.phase == phase or (args.phase == "both" and has[phase])]
-    failed = [name for phase, name in jobs if not _build_one(args, settings, tokenizer, roots, phase, name)]
+        has = {"pretrain": source.documents is not None or source.stream is not None, "sft": source.chats is not None}
+        jobs += [(phase, name) for phase in PHASES if args.phase == phase or (args.phase == "both" and has[phase])]
+    failed = [(phase, name) for phase, name in jobs if not _build_one(args, settings, tokenizer, roots, phase, name)]
+    if len(jobs) > 1 and failed:
+        print(f"error: not built: {', '.join(f'{phase}/{name}' for phase, name in failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _build_all(args: argparse.Namespace) -> int:
-    settings = _settings(args)
-    tokenizer, roots = _tokenizer(args, settings), _roots(args, settings)
+    settings = chosen_settings(args)
+    tokenizer, roots = chosen_tokenizer(args, settings), chosen_roots(args, settings)
     mixes = {"pretrain": settings.data.mix_pretrain, "sft": settings.data.mix_sft}
     jobs = [(phase, name) for phase, mix in mixes.items() for name in mix]
     if isinstance(tokenizer, SentencePieceTokenizer):
         _copy_tokenizer(tokenizer, roots.pretrain.parent / "tokenizer")
     print(f"building {', '.join(f'{phase}/{name}' for phase, name in jobs)} in {roots.pretrain} and {roots.sft}")
-    for phase, name in jobs:
-        _build_one(args, settings, tokenizer, roots, phase, name)
+    failed = [job for job in jobs if not _build_one(args, settings, tokenizer, roots, *job)]
     missing = [
         str(path)
         for phase, name in jobs
@@ -173,50 +112,31 @@ def _build_all(args: argparse.Namespace) -> int:
     ]
     if missing:
         raise FileNotFoundError(f"caches of the mixes are missing: {', '.join(missing)}")
+    if failed:
+        raise ValueError(f"not built anew: {', '.join(f'{phase}/{name}' for phase, name in failed)}; the old ones stay")
     return 0
 
 
 def _build_one(
-    args: argparse.Namespace, settings: Settings, tokenizer: Tokenizer, roots: _Roots, phase: str, name: str
+    args: argparse.Namespace, settings: Settings, tokenizer: Tokenizer, roots: Roots, phase: str, name: str
 ) -> bool:
-    seed = SEED if args.seed is None else args.seed
-    if phase == "pretrain":
-        return _report(
-            f"{phase}/{name}",
-            is_optional(name),
-            lambda progress: build_pretrain(
-                settings,
-                tokenizer,
-                name,
-                root=roots.pretrain,
-                seed=seed,
-                shard_bytes=args.shard_bytes,
-                progress=progress,
-            ),
-        )
-    return _report(
-        f"{phase}/{name}",
-        is_optional(name),
-        lambda progress: build_sft(
-            settings,
-            tokenizer,
-            name,
-            root=roots.sft,
-            seed=seed,
-            val_frac=args.val_frac,
-            t_max=args.t_max,
-            strict=not args.skip_bad,
-            progress=progress,
-        ),
-    )
+    def text(progress: Progress) -> dict[str, Any]:
+        budgets = chosen_budgets(args, name)
+        options = {"root": roots.pretrain, "workers": args.workers, "progress": progress}
+        return build_pretrain(settings, tokenizer, name, **options, **budgets)
+
+    def chats(progress: Progress) -> dict[str, Any]:
+        return build_sft(settings, tokenizer, name, root=roots.sft, strict=not args.skip_bad, progress=progress)
+
+    return _report(f"{phase}/{name}", is_optional(name), text if phase == "pretrain" else chats)
 
 
 def _build_sft_primer(args: argparse.Namespace) -> int:
-    settings = _settings(args)
-    out_dir = Path(args.out_dir)
+    settings = chosen_settings(args)
+    out_dir, primer = Path(args.out_dir), settings.data.primer
     if out_dir.name != "primer":
         out_dir /= "primer"
-    tokenizer = _tokenizer(args, settings)
+    tokenizer = chosen_tokenizer(args, settings)
     done = _report(
         "sft/primer",
         False,
@@ -224,9 +144,9 @@ def _build_sft_primer(args: argparse.Namespace) -> int:
             find_jsonl(settings),
             out_dir,
             tokenizer=tokenizer,
-            seed=SEED if args.seed is None else args.seed,
-            val_frac=args.val_frac,
-            t_max=args.t_max,
+            seed=primer.seed,
+            val_frac=primer.val_frac,
+            t_max=primer.t_max,
             strict=not args.skip_bad,
             progress=progress,
         ),
@@ -238,7 +158,7 @@ def _report(name: str, optional: bool, build: Callable[[Progress], dict[str, Any
     """Run one build with a progress line; print how it went. A missing optional source is no failure."""
     started = time.monotonic()
     try:
-        with _progress(name) as progress:
+        with watching(name) as progress:
             meta = build(progress)
     except FileNotFoundError as error:
         if optional:
@@ -246,42 +166,14 @@ def _report(name: str, optional: bool, build: Callable[[Progress], dict[str, Any
             return True
         print(f"✗ {name} failed: {error}", file=sys.stderr)
         return False
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"✗ {name} failed: {files.explained(error)}", file=sys.stderr)
         return False
     took = "up to date" if meta.get("reused") else f"{time.monotonic() - started:.1f} s"
-    print(f"✓ {name}: {_summary(meta)}, {took}")
+    if kept := meta.get("reused_documents"):
+        took = f"reused {kept:,} documents, tokenized {sum(meta['documents'].values()) - kept:,}, {took}"
+    print(f"✓ {name}: {summary(meta)}, {took}")
     return True
-
-
-def _summary(meta: dict[str, Any]) -> str:
-    """Documents and tokens of train and val, and what was dropped."""
-    tokens = {split: meta.get(f"{split}_tokens", 0) for split in SPLITS}
-    if "splits" in meta:
-        tokens = {split: meta["splits"][split]["num_tokens"] for split in SPLITS}
-    counts = {"documents": meta.get("documents"), "tokens": tokens}
-    parts = [f"{n['train']:,} + {n['val']:,} {what}" for what, n in counts.items() if n]
-    if meta.get("dropped"):
-        parts.append("dropped " + ", ".join(f"{count} {reason}" for reason, count in meta["dropped"].items()))
-    return ", ".join(parts) + " (train + val)"
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Progress]:
-    """A line on stderr that counts documents while the block runs, where stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed:,}"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=None)
-
-        def update(split: str, count: int) -> None:
-            bar.update(task, description=f"{name} {split} documents", completed=count)
-
-        yield update
 
 
 def _copy_tokenizer(tokenizer: SentencePieceTokenizer, folder: Path) -> None:
@@ -299,51 +191,6 @@ def _copy_tokenizer(tokenizer: SentencePieceTokenizer, folder: Path) -> None:
         "token_dtype": TOKEN_DTYPE,
     }
     files.write_json(folder / "meta.json", meta)
-
-
-# Looking
-
-
-def _found(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
-    """(phase/source, folder) of every cache, or of the named ones."""
-    settings = _settings(args)
-    roots = _roots(args, settings)
-    wanted = {canonical_name(name) for name in args.sources}
-    found = 0
-    for phase in _PHASES:
-        for meta in sorted(roots.of(phase).glob("*/meta.json")):
-            if not meta.parent.name.startswith(".") and (not wanted or meta.parent.name in wanted):
-                found += 1
-                yield f"{phase}/{meta.parent.name}", meta.parent
-    if not found:
-        raise FileNotFoundError(f"no caches in {roots.pretrain} or {roots.sft}; build some with the command build")
-
-
-def _show(args: argparse.Namespace) -> int:
-    bad = 0
-    for name, folder in _found(args):
-        try:
-            _, meta, _ = open_folder(folder.parent, folder.name)
-        except (ValueError, FileNotFoundError) as error:
-            bad += 1
-            print(f"✗ {name}: {error}", file=sys.stderr)
-        else:
-            print(f"✓ {name}: {_summary(meta)}, tokenizer {str(meta.get('tokenizer_sha256'))[:12]}")
-    return 1 if bad else 0
-
-
-def _verify(args: argparse.Namespace) -> int:
-    bad = 0
-    for name, folder in _found(args):
-        try:
-            _, meta, _ = open_folder(folder.parent, folder.name, verify=True)
-        except (ValueError, FileNotFoundError) as error:
-            bad += 1
-            print(f"✗ {name}: {error}", file=sys.stderr)
-            continue
-        listed = meta.get("files")
-        print(f"✓ {name}: {len(listed)} files are as written" if listed else f"- {name}: it records no hashes to check")
-    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -1,97 +1,111 @@
-"""Replacing a whole folder so that a kill leaves the old folder or the new one, never a mix.
+"""Building a folder beside the one that it replaces, so that a kill leaves the old folder or the new one, never a mix.
 
 A folder cannot be renamed onto a folder that has files in it, so a swap takes two renames:
 
-1. build `.NAME.PID.TAG.new` beside the target and make it durable;
-2. rename the target to `.NAME.PID.TAG.old`, then rename `.new` to the target;
-3. delete `.old`.
+1. build `.NAME.new` beside the target and make it durable; its last file is `LAST_FILE`;
+2. rename the target to `.NAME.old`, then `.NAME.new` to the target;
+3. delete `.NAME.old`.
 
-An `.old` exists only after its `.new` is whole. So if the target is missing and both are there, `.new` is the folder to
-read, and the next build finishes the swap. Everything else that a killed process left behind is rubbish.
+If the target is missing while `.NAME.old` and a finished `.NAME.new` are there, `.NAME.new` is the folder to read, and
+the next build finishes the swap. One process builds at a time: `.NAME.lock` is held meanwhile, and says who holds it.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import shutil
-import uuid
+import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
-import psutil
+from filelock import FileLock, Timeout
 
 from niels_gpt.files import fsync_folder
 
-_SWAP_ATTEMPTS = 10
+LAST_FILE = "meta.json.sha256"
+JOURNAL = "journal.json"
 
 
 @contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; when the block ends well it becomes `target`, on any exception it is removed.
-
-    The caller makes the files durable; this makes the folders and the renames so.
-    """
+def locked(target: Path) -> Iterator[None]:
+    """Be the only process that builds `target`; waits, and says for whom, while another one does."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    sweep_folder(target)
-    new = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.new")
-    new.mkdir()
+    path = target.with_name(f".{target.name}.lock")
+    lock = FileLock(path, is_singleton=True, thread_local=False)
     try:
-        yield new
-        for folder, _, _ in os.walk(new):
-            fsync_folder(Path(folder))
-        _swap_in(new, target)
+        lock.acquire(timeout=0)
+    except Timeout:
+        with suppress(OSError):
+            who = path.read_text().strip() or "another process"
+            print(f"{target} is being built by {who}; waiting until it is done", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        if lock.lock_counter == 1:
+            now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+        yield
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if lock.lock_counter == 1:
+            with suppress(OSError):  # who waits for an unlinked lock notices, and locks the new file
+                path.unlink()
+        lock.release()
 
 
-def _swap_in(new: Path, target: Path) -> None:
-    old = new.with_suffix(".old")
-    for attempt in range(_SWAP_ATTEMPTS):
-        if target.is_dir():
-            target.rename(old)
+@contextmanager
+def replacing_folder(target: Path, *, resume: bool = False) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `target` when the block ends well; otherwise it is removed.
+
+    With `resume`, a folder that holds a `JOURNAL` is kept when the block is interrupted, and yielded again the next
+    time; in the end the journal is removed. The caller makes the files durable, this the folders and renames.
+    """
+    with locked(target):
+        sweep_folder(target, resume=resume)
+        new, old = _beside(target)
+        new.mkdir(exist_ok=True)
         try:
-            new.rename(target)
-            break
-        except OSError as error:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            another_won = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
-            if not another_won or attempt == _SWAP_ATTEMPTS - 1:
+            yield new
+            for folder, _, _ in os.walk(new):
+                fsync_folder(Path(folder))
+            if target.is_dir():
+                target.rename(old)
+            try:
+                new.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
                 raise
-            shutil.rmtree(old, ignore_errors=True)
-    fsync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+            fsync_folder(target.parent)
+            sweep_folder(target)
+        except BaseException as error:
+            if not resume or isinstance(error, ValueError) or not (new / JOURNAL).is_file():
+                shutil.rmtree(new, ignore_errors=True)
+            raise
 
 
 def whole_folder(target: Path) -> Path:
     """Where the content of `target` is: itself, or the new folder of a swap that was killed between its two renames."""
-    if not target.is_dir():
-        for new, old in _swaps(target):
-            if new.is_dir() and old.is_dir():
-                return new
-    return target
+    new, old = _beside(target)
+    return new if not target.is_dir() and old.is_dir() and (new / LAST_FILE).is_file() else target
 
 
-def sweep_folder(target: Path) -> None:
-    """Finish a killed swap of `target` and remove what dead processes left beside it."""
-    for new, old in _swaps(target):
-        pid = int(new.name.split(".")[-3])
-        if pid != os.getpid() and psutil.pid_exists(pid):
-            continue
-        if not target.exists() and new.is_dir() and old.is_dir():
-            new.rename(target)
-            fsync_folder(target.parent)
+def sweep_folder(target: Path, *, resume: bool = False) -> None:
+    """Finish a killed swap of `target` and remove what killed builds left beside it, except, to `resume`, one with
+    a journal.
+
+    Only for the process that holds the lock.
+    """
+    new, old = _beside(target)
+    if whole_folder(target) == new:
+        new.rename(target)
+        fsync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    if not resume or not (new / JOURNAL).is_file():
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    (target / JOURNAL).unlink(missing_ok=True)
 
 
-def _swaps(target: Path) -> list[tuple[Path, Path]]:
-    """The (new, old) paths of every swap of `target` that left a trace, either of which may be missing."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.\d+\.[0-9a-f]{{8}}\.(new|old)")
-    if not target.parent.is_dir():
-        return []
-    stems = {path.with_suffix("") for path in target.parent.iterdir() if pattern.fullmatch(path.name)}
-    return [(Path(f"{stem}.new"), Path(f"{stem}.old")) for stem in sorted(stems)]
+def _beside(target: Path) -> tuple[Path, Path]:
+    return target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")

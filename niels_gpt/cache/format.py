@@ -1,6 +1,7 @@
-"""The on-disk formats of token caches: written and read here and nowhere else.
+"""The on-disk formats of token caches, and reading them; `writing` is the other half.
 
-* Pretraining, `ROOT/SOURCE/`: `{train,val}/shard_%05d.bin`, uint16 little-endian tokens. Documents run across shards.
+* Pretraining, `ROOT/SOURCE/`: `{train,val}/shard_%05d.bin`, uint16 little-endian tokens. Documents run across shards;
+  `{train,val}_documents.bin` lists them (`DOCUMENT`) where a later build may use their tokens again (`known`).
 * Chats, `ROOT/SOURCE/`: `{train,val}_input_ids.bin` (uint16), `_labels.bin` (int32, not shifted, -100 where a token is
   no target) and `_idx.npy` (int64, where each conversation starts).
 * Byte streams of the first generation, `ROOT/SOURCE_SPLIT.bin`, are read only.
@@ -11,199 +12,26 @@ were published without hashes open as well, after the checks that their files al
 
 from __future__ import annotations
 
-import io
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from niels_gpt.batching import TokenStream
-from niels_gpt.cache.folder import replacing_folder, whole_folder
-from niels_gpt.cache.integrity import HashedFile, build_advice, check_tokenizer, open_folder, write_meta
+from niels_gpt.cache.folder import whole_folder
+from niels_gpt.cache.integrity import build_advice, check_tokenizer, open_folder
 
 SPLITS = ("train", "val")
 TOKEN_DTYPE, LABEL_DTYPE = "uint16-le", "int32-le"
-DEFAULT_SHARD_BYTES = 128 * 1024 * 1024
-MAX_VOCAB = 65535
 
-_TOKEN, _LABEL, _BYTE = np.dtype("<u2"), np.dtype("<i4"), np.dtype("u1")
-
-
-# Writing
+TOKEN, LABEL, _BYTE = np.dtype("<u2"), np.dtype("<i4"), np.dtype("u1")
+DOCUMENT = np.dtype([("digest", "V16"), ("end", "<i8")])  # half of its text's sha256; where its tokens end in the split
 
 
-class _Writer:
-    """What both kinds share: open files, counts per split, meta.json at the end."""
-
-    def __init__(self, folder: Path, vocab_size: int) -> None:
-        if vocab_size > MAX_VOCAB:
-            raise ValueError(f"a vocabulary of {vocab_size} pieces does not fit a token cache; the most is {MAX_VOCAB}")
-        self.meta: dict[str, Any] = {}
-        self._folder, self._vocab_size = folder, vocab_size
-        self._documents = dict.fromkeys(SPLITS, 0)
-        self._bytes = dict.fromkeys(SPLITS, 0)
-        self._tokens = dict.fromkeys(SPLITS, 0)
-        self._open: dict[str, HashedFile] = {}
-        self._entries: dict[str, dict[str, Any]] = {}
-
-    def _ids(self, ids: Sequence[int]) -> np.ndarray:
-        array = np.asarray(ids, dtype=np.int64)
-        outside = array[(array < 0) | (array >= self._vocab_size)]
-        if outside.size:
-            raise ValueError(f"token id {outside[0]} is outside the vocabulary of {self._vocab_size} pieces")
-        return array.astype(_TOKEN)
-
-    def _file(self, name: str) -> HashedFile:
-        if name not in self._open:
-            self._open[name] = HashedFile(self._folder, name)
-        return self._open[name]
-
-    def _close(self, name: str) -> None:
-        self._entries[name] = self._open[name].finish()
-        del self._open[name]
-
-    def _finish(self, meta: Mapping[str, Any]) -> None:
-        for name in list(self._open):
-            self._close(name)
-        self.meta = {
-            **meta,
-            "vocab_size": self._vocab_size,
-            "token_dtype": TOKEN_DTYPE,
-            "documents": self._documents,
-            "bytes": self._bytes,
-            "files": self._entries,
-        }
-        write_meta(self._folder, self.meta)
-
-    def _abandon(self) -> None:
-        for file in self._open.values():
-            file.abandon()
-
-
-class PretrainWriter(_Writer):
-    """Writes documents as shards; made by `writing_pretrain`."""
-
-    def __init__(self, folder: Path, vocab_size: int, separator: int | None, shard_bytes: int) -> None:
-        super().__init__(folder, vocab_size)
-        if shard_bytes < _TOKEN.itemsize:
-            raise ValueError(f"shard_bytes must hold at least one token of {_TOKEN.itemsize} bytes, got {shard_bytes}")
-        self._separator = [] if separator is None else [separator]
-        self._shard_tokens = shard_bytes // _TOKEN.itemsize
-        for split in SPLITS:
-            self._file(self._shard_name(split))  # so that an empty split has its one, empty, shard
-
-    def _shard_name(self, split: str) -> str:
-        return f"{split}/shard_{self._tokens[split] // self._shard_tokens:05d}.bin"
-
-    def add(self, split: str, ids: Sequence[int], n_bytes: int, *, start: int = 0, limit: int | None = None) -> int:
-        """Append a document and its separator, or `limit` of these tokens from `start` on; returns how many.
-
-        `n_bytes` is the size of the document's text in UTF-8; of a part, its share is counted.
-        """
-        document = self._ids([*ids, *self._separator])
-        part = document[start:] if limit is None else document[start:][:limit]
-        written = 0
-        while written < len(part):
-            name = self._shard_name(split)
-            piece = part[written : written + self._shard_tokens - self._tokens[split] % self._shard_tokens]
-            self._file(name).write(piece.tobytes())
-            written += len(piece)
-            self._tokens[split] += len(piece)
-            if self._shard_name(split) != name:
-                self._close(name)
-        if written:
-            self._documents[split] += 1
-            self._bytes[split] += n_bytes * written // len(document)
-        return written
-
-    def n_tokens(self, split: str) -> int:
-        return self._tokens[split]
-
-    def finish(self, meta: Mapping[str, Any]) -> None:
-        self._finish({**meta, **{f"{split}_tokens": count for split, count in self._tokens.items()}})
-
-
-class SftWriter(_Writer):
-    """Writes labelled conversations; made by `writing_sft`."""
-
-    def __init__(self, folder: Path, vocab_size: int) -> None:
-        super().__init__(folder, vocab_size)
-        self._starts: dict[str, list[int]] = {split: [] for split in SPLITS}
-        self._targets = dict.fromkeys(SPLITS, 0)
-        for split, part in itertools.product(SPLITS, ("input_ids", "labels")):
-            self._file(f"{split}_{part}.bin")
-
-    def add(self, split: str, ids: Sequence[int], labels: Sequence[int], n_bytes: int) -> None:
-        """Append one conversation: `labels[i]` belongs to `ids[i]`, `n_bytes` of UTF-8 text are its targets."""
-        if len(ids) != len(labels) or not len(ids):
-            raise ValueError(f"{len(ids)} tokens, {len(labels)} labels; a conversation needs equally many, at least 1")
-        targets = np.asarray(labels, dtype=np.int64)
-        self._file(f"{split}_input_ids.bin").write(self._ids(ids).tobytes())
-        self._file(f"{split}_labels.bin").write(targets.astype(_LABEL).tobytes())
-        self._starts[split].append(self._tokens[split])
-        self._tokens[split] += len(ids)
-        self._targets[split] += int((targets >= 0).sum())
-        self._documents[split] += 1
-        self._bytes[split] += n_bytes
-
-    def n_examples(self, split: str) -> int:
-        return self._documents[split]
-
-    def finish(self, meta: Mapping[str, Any]) -> None:
-        counts: dict[str, Any] = {"label_dtype": LABEL_DTYPE, "splits": {}}
-        for split in SPLITS:
-            buffer = io.BytesIO()
-            np.save(buffer, np.array(self._starts[split], dtype=np.int64))
-            self._file(f"{split}_idx.npy").write(buffer.getvalue())
-            counts[f"{split}_examples"] = self._documents[split]
-            counts["splits"][split] = {
-                "num_examples": self._documents[split],
-                "num_tokens": self._tokens[split],
-                "num_label_tokens": self._targets[split],
-            }
-        self._finish({**meta, **counts})
-
-
-@contextmanager
-def writing_pretrain(
-    folder: Path,
-    meta: dict[str, Any],
-    *,
-    vocab_size: int,
-    separator: int | None,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> Iterator[PretrainWriter]:
-    """Build a pretraining cache, which becomes `folder` when the block ends well; then `writer.meta` is its meta.json.
-
-    `separator` is the id written after every document, None for none. Keys may be added to `meta` inside the block.
-    """
-    with replacing_folder(folder) as new:
-        writer = PretrainWriter(new, vocab_size, separator, shard_bytes)
-        try:
-            yield writer
-            named = None if separator is None else "eot"
-            writer.finish({**meta, "shard_bytes": shard_bytes, "document_separator": named})
-        finally:
-            writer._abandon()
-
-
-@contextmanager
-def writing_sft(folder: Path, meta: dict[str, Any], *, vocab_size: int) -> Iterator[SftWriter]:
-    """Build a chat cache, which becomes `folder` when the block ends well; then `writer.meta` is its meta.json."""
-    with replacing_folder(folder) as new:
-        writer = SftWriter(new, vocab_size)
-        try:
-            yield writer
-            writer.finish(meta)
-        finally:
-            writer._abandon()
-
-
-# Reading
+def index_name(split: str) -> str:
+    """The file that lists the documents of a split."""
+    return f"{split}_documents.bin"
 
 
 def open_pretrain(
@@ -233,7 +61,7 @@ def open_pretrain(
         shards = sorted(folder / name for name in meta["files"] if name.startswith(f"{split}/"))
     else:
         shards = sorted((folder / split).glob("shard_*.bin"))
-    arrays = [_map(path, _TOKEN, advice) for path in shards]
+    arrays = [_map(path, TOKEN, advice) for path in shards]
     n_tokens = sum(map(len, arrays))
     expected = meta.get(f"{split}_tokens", n_tokens)
     if not shards or n_tokens != expected:
@@ -297,7 +125,7 @@ def open_sft(
     needed = [ids_path, labels_path] + ([] if allow_missing_idx else [idx_path])
     if missing := [str(path) for path in needed if not path.is_file()]:
         raise FileNotFoundError(f"missing from the cache: {', '.join(missing)}; {advice}")
-    ids, labels = _map(ids_path, _TOKEN, advice), _map(labels_path, _LABEL, advice)
+    ids, labels = _map(ids_path, TOKEN, advice), _map(labels_path, LABEL, advice)
     if len(ids) != len(labels):
         raise ValueError(f"{ids_path} holds {len(ids)} tokens, {labels_path.name} {len(labels)} labels; {advice}")
     if idx_path.is_file():

@@ -18,26 +18,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from niels_gpt.cache.folder import whole_folder
+from niels_gpt.cache.folder import LAST_FILE, whole_folder
 from niels_gpt.files import read_json, sha256_bytes, sha256_file, write_json
 
 DEFAULT_CACHE_DIR = Path("data/cache")
-META, META_HASH = "meta.json", "meta.json.sha256"
+META, META_HASH = "meta.json", LAST_FILE
 _VERIFIED = ".verified"
+_BLOCK = 1 << 20
 _SETTLED_NS = 2_000_000_000  # a file changed more recently may change again within one tick of its clock
 
 FileList = Mapping[str, Mapping[str, Any]]  # relative name -> {"size", "sha256"}
 
 
 class HashedFile:
-    """A file hashed while it is written. Errors name its path."""
+    """A file hashed while it is written. Errors name its path. The first `keep` bytes of one that is there stay."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.name, self.size = name, 0
+    def __init__(self, folder: Path, name: str, keep: int | None = None) -> None:
+        self.name, self.size = name, keep or 0
         self._path = folder / name
         self._sha256 = hashlib.sha256()
         self._path.parent.mkdir(exist_ok=True)
-        self._file = open(self._path, "wb")  # noqa: SIM115 (closed by finish or abandon)
+        if keep is not None:
+            os.truncate(self._path, keep)
+            with open(self._path, "rb") as written:
+                for block in iter(lambda: written.read(_BLOCK), b""):
+                    self._sha256.update(block)
+        self._file = open(self._path, "wb" if keep is None else "ab")  # noqa: SIM115 (closed by finish or abandon)
 
     def write(self, content: bytes) -> None:
         with _naming(self._path):
@@ -51,6 +57,13 @@ class HashedFile:
             self._file.flush()
             os.fsync(self._file.fileno())
         return {"size": self.size, "sha256": self._sha256.hexdigest()}
+
+    def sync(self) -> int:
+        """Put what was written so far on the disk; returns how many bytes that is."""
+        with _naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return self.size
 
     def abandon(self) -> None:
         """Close without promising anything about the content."""

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from niels_gpt.batching import TokenStream
-from niels_gpt.cache.format import DEFAULT_SHARD_BYTES, PretrainWriter, open_pretrain, writing_pretrain
+from niels_gpt.cache.encode import Block, Encoder
+from niels_gpt.cache.folder import locked
+from niels_gpt.cache.format import open_pretrain
+from niels_gpt.cache.known import KnownDocuments
 from niels_gpt.cache.shared import (
+    BUILD_VERSION,
+    Done,
     Progress,
     fingerprint,
-    in_batches,
     open_sources,
     renormalised,
     tokenizer_meta,
     up_to_date,
     warn,
 )
-from niels_gpt.data.registry import get_source, is_optional
+from niels_gpt.cache.writing import PretrainWriter, writing_pretrain
+from niels_gpt.data.registry import Source, get_source, is_optional
+from niels_gpt.data.types import Document
 from niels_gpt.settings import Settings
-from niels_gpt.special_tokens import assert_no_special_collision
 from niels_gpt.tokenizer import Tokenizer
 
-_BATCH = 64  # documents encoded at once, on all cores
-_BYTE_SEPARATOR = "\n\n"  # ends a document where the tokenizer has no end id
+STREAM = "stream"  # what `writer.consumed` calls the documents of a source that is one stream
 
 
 def build_pretrain(
@@ -35,84 +40,159 @@ def build_pretrain(
     source: str,
     *,
     root: str | Path,
-    seed: int,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    seed: int | None = None,
+    shard_bytes: int | None = None,
+    train_tokens: int | None = None,
+    val_tokens: int | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build ROOT/SOURCE from the source's documents; returns its meta.json.
 
-    A whole cache of the same data, tokenizer and options is kept: the result then has `reused`. Every document ends
-    with the end id.
+    A whole cache of the same data, tokenizer and options is kept: the result then has `reused`. An interrupted build of
+    the same is gone on with, and documents whose tokens are in the old cache are not tokenized again: the result then
+    has `reused_documents`. None of this changes a byte of the cache, nor does the number of worker processes.
+
+    `seed`, `shard_bytes` and the budgets in tokens, which are for sources that are one stream, are those of
+    `data.caches` unless given. `workers` are all cores unless given.
 
     Raises:
         FileNotFoundError: the source's files are not there.
         ValueError: unknown source, no text in it, or a document with a special token literal.
     """
-    entry = get_source(source)
-    if entry.documents is None:
+    entry, chosen = get_source(source), settings.data.caches
+    if entry.documents is None and entry.stream is None:
         raise ValueError(f"the source {entry.name} has chats, not text; build it for sft")
+    seed = chosen.seed if seed is None else seed
+    shard_bytes = chosen.shard_bytes if shard_bytes is None else shard_bytes
+    budgets, buffer_size = {}, None
+    if entry.stream is not None:
+        given = {"val": val_tokens, "train": train_tokens}
+        defaults = {"val": chosen.val_tokens, "train": chosen.train_tokens}
+        budgets = {split: defaults[split] if n is None else n for split, n in given.items()}
+        buffer_size = _buffer_size(settings, entry.name)
+    separator = tokenizer.eot_id if entry.ends_documents else None
     description = entry.describe(settings, "pretrain")
-    wanted = fingerprint(description, seed=seed, shard_bytes=shard_bytes, separator=tokenizer.eot_id)
-    folder = Path(root) / entry.name
-    if kept := up_to_date(folder, wanted, tokenizer):
-        return kept
+    options = {"seed": seed, "shard_bytes": shard_bytes, "separator": separator, "ends": entry.ends_documents}
+    wanted = fingerprint(description, **options, budgets=budgets, shuffle_buffer=buffer_size)
     meta = {
         "dataset_config": None,
-        "streaming": False,
-        "shuffle_buffer": None,
-        "train_tokens_target": None,
-        "val_tokens_target": None,
+        "streaming": entry.stream is not None,
+        "shuffle_buffer": buffer_size,
+        "train_tokens_target": budgets.get("train"),
+        "val_tokens_target": budgets.get("val"),
         **{key: value for key, value in description.items() if key != "files"},
         "seed": seed,
         "source_fingerprint": wanted,
+        "build_version": BUILD_VERSION,
         **tokenizer_meta(tokenizer),
     }
-    with writing_pretrain(
-        folder, meta, vocab_size=tokenizer.vocab_size, separator=tokenizer.eot_id, shard_bytes=shard_bytes
-    ) as writer:
-        for split in ("val", "train"):
-            texts = (document.text for document in entry.documents(settings, split))
-            for n, (ids, n_bytes) in enumerate(_encoded(texts, tokenizer, f"{entry.name}/{split}"), start=1):
-                writer.add(split, ids, n_bytes)
-                if progress:
-                    progress(split, n)
-        if not writer.n_tokens("train"):
-            raise ValueError(f"the source {entry.name} has no text to train on; check what it reads")
-    return writer.meta
+    folder = Path(root) / entry.name
+    with locked(folder):
+        if kept := up_to_date(folder, wanted, tokenizer, resume=True):
+            return kept
+        key = f"{wanted}/{tokenizer.sha256}"
+        known = KnownDocuments(folder, tokenizer, separator=separator, version=BUILD_VERSION)
+        with (
+            Encoder(tokenizer, separate=entry.ends_documents, workers=workers) as encoder,
+            writing_pretrain(
+                folder,
+                meta,
+                vocab_size=tokenizer.vocab_size,
+                separator=separator,
+                shard_bytes=shard_bytes,
+                indexed=entry.stream is None,
+                key=key,
+            ) as writer,
+        ):
+            if entry.stream is not None:
+                texts = shuffled((d.text for d in entry.stream(settings)), buffer_size, seed)
+                write_budgeted(writer, texts, encoder, name=entry.name, budgets=budgets, progress=progress)
+                reused = 0
+            else:
+                reused = _write_documents(writer, settings, entry, encoder, known, progress)
+            if not writer.n_tokens("train"):
+                raise ValueError(f"the source {entry.name} has no text to train on; check what it reads")
+    return {**writer.meta, "reused_documents": reused} if reused else writer.meta
 
 
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer, name: str) -> Iterator[tuple[list[int], int]]:
-    """(ids, size in UTF-8 bytes) of every text; ValueError for a special token literal in one."""
-    index = 0
-    for batch in in_batches(texts, _BATCH):
-        for text in batch:
-            assert_no_special_collision(text, dataset=name, doc_index=index, field="text")
-            index += 1
-        ends = "" if tokenizer.eot_id is not None else _BYTE_SEPARATOR
-        encoded = tokenizer.encode_batch([text + ends for text in batch])
-        yield from zip(encoded, (len(text.encode("utf-8", "surrogatepass")) for text in batch), strict=True)
+def _write_documents(
+    writer: PretrainWriter,
+    settings: Settings,
+    entry: Source,
+    encoder: Encoder,
+    known: KnownDocuments,
+    progress: Progress | None,
+) -> int:
+    """Write both splits of a source; returns how many documents were found in the old cache."""
+    assert entry.documents is not None
+    reused = 0
+    for split in ("val", "train"):
+        first = writer.consumed.get(split, 0)
+        texts = _texts(entry.documents(settings, split), first)
+        for block in encoder.blocks(texts, f"{entry.name}/{split}", first=first, lookup=known):
+            writer.add_block(split, block, 0, len(block.ids))
+            _consumed(writer, split, block)
+            reused += block.reused
+            if progress:
+                progress(Done(split, writer.n_documents(split), writer.n_bytes(), writer.n_tokens(split)))
+    return reused
+
+
+def _texts(documents: Iterable[Document], first: int) -> Iterator[str]:
+    return (document.text for document in islice(documents, first, None))
+
+
+def _consumed(writer: PretrainWriter, what: str, block: Block) -> None:
+    writer.consumed[what] = writer.consumed.get(what, 0) + len(block)
+    writer.commit()
 
 
 def write_budgeted(
-    writer: PretrainWriter, texts: Iterable[str], tokenizer: Tokenizer, *, name: str, val_tokens: int, train_tokens: int
+    writer: PretrainWriter,
+    texts: Iterable[str],
+    encoder: Encoder,
+    *,
+    name: str,
+    budgets: dict[str, int],
+    progress: Progress | None = None,
 ) -> None:
     """Fill val to its number of tokens, then train to its own, from one stream of texts; the rest is not read.
 
     The text at the boundary is split between them, as in the published caches of this format.
     """
-    left = {"val": val_tokens, "train": train_tokens}
-    for ids, n_bytes in _encoded(texts, tokenizer, name):
+    total = sum(budgets.values())
+    if sum(map(writer.n_tokens, budgets)) >= total:
+        return
+    first = writer.consumed.get(STREAM, 0)
+    for block in encoder.blocks(islice(texts, first, None), name, first=first):
         start = 0
-        for split in left:
-            written = writer.add(split, ids, n_bytes, start=start, limit=left[split])
-            start += written
-            left[split] -= written
-        if not any(left.values()):
+        for split in ("val", "train"):
+            stop = min(len(block.ids), start + budgets[split] - writer.n_tokens(split))
+            if stop > start:
+                writer.add_block(split, block, start, stop)
+                start = stop
+        _consumed(writer, STREAM, block)
+        written = sum(map(writer.n_tokens, budgets))
+        if progress:
+            progress(Done(name, writer.consumed[STREAM], writer.n_bytes(), written, of_tokens=total))
+        if written >= total:
             return
 
 
-def shuffled(texts: Iterable[str], buffer_size: int, seed: int) -> Iterator[str]:
+def _buffer_size(settings: Settings, source: str) -> int | None:
+    """How many documents of a stream are shuffled at a time; None where `data.SOURCE.shuffle` is off."""
+    chosen = getattr(settings.data, source, None)
+    if not getattr(chosen, "shuffle", True):
+        return None
+    return getattr(chosen, "shuffle_buffer", settings.reproducibility.dataset_shuffle_buffer_size)
+
+
+def shuffled(texts: Iterable[str], buffer_size: int | None, seed: int) -> Iterator[str]:
     """Texts in random order with a buffer of limited size; the order is that of the published caches."""
+    if buffer_size is None:
+        yield from texts
+        return
     generator = torch.Generator().manual_seed(seed)
 
     def draw() -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,43 +15,54 @@ from niels_gpt.data.registry import is_optional
 from niels_gpt.files import sha256_bytes
 from niels_gpt.tokenizer import Tokenizer
 
-Progress = Callable[[str, int], None]  # split, documents written so far
 Item = TypeVar("Item")
 
-_BUILD_VERSION = 1  # raise it when the same source must give other bytes than before
+BUILD_VERSION = 2  # raise it when the same source must give other bytes than before
+
+
+@dataclass(frozen=True)
+class Done:
+    """How far a build has come; what is not known is None or 0."""
+
+    what: str  # the split, or the source
+    documents: int
+    n_bytes: int = 0
+    n_tokens: int = 0
+    of_documents: int | None = None
+    of_tokens: int | None = None
+
+
+Progress = Callable[[Done], None]
 
 
 def fingerprint(description: Mapping[str, Any], **options: Any) -> str:
     """Hash of everything but the tokenizer that decides a cache's bytes."""
-    content = {"version": _BUILD_VERSION, "source": description, **options}
+    content = {"version": BUILD_VERSION, "source": description, **options}
     return sha256_bytes(json.dumps(content, sort_keys=True).encode())
 
 
-def up_to_date(folder: Path, wanted: str, tokenizer: Tokenizer) -> dict[str, Any] | None:
+def up_to_date(folder: Path, wanted: str, tokenizer: Tokenizer, *, resume: bool = False) -> dict[str, Any] | None:
     """meta.json with `reused` added, if the cache at `folder` is whole and is what a build would make; else None.
 
-    A build that was killed is cleaned up after in any case.
+    What a killed build left is cleaned up, except, to `resume`, one that can be gone on with. Only for the process that
+    holds the lock of the folder.
     """
-    sweep_folder(folder)
+    sweep_folder(folder, resume=resume)
     try:
         _, meta, _ = open_folder(folder.parent, folder.name)
     except (FileNotFoundError, ValueError):
         return None
     same = meta.get("tokenizer_sha256") == tokenizer.sha256 and meta.get("source_fingerprint") == wanted
-    return {**meta, "reused": True} if same else None
+    if not same:
+        return None
+    sweep_folder(folder)
+    return {**meta, "reused": True}
 
 
 def tokenizer_meta(tokenizer: Tokenizer) -> dict[str, Any]:
     """The keys of meta.json that say which tokenizer a cache was built with."""
     ids = tokenizer.special_token_ids()
     return {"tokenizer_sha256": tokenizer.sha256, "special_token_ids": ids, "expected_special_token_ids": ids}
-
-
-def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last one shorter."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
 
 
 def open_sources(names: Iterable[str], open_one: Callable[[str], Item]) -> dict[str, Item]:

@@ -62,6 +62,11 @@ class CacheSettings(Section):
     pretrain_token_cache: FilePath = knob("data/cache/pretrain", "folder of pretraining token shards, one per source")
     sft_token_cache: FilePath = knob("data/cache/sft", "folder of fine-tuning caches, one per source")
     streams_token_cache: FilePath = knob("data/cache/streams", "folder of byte streams")
+    seed: int = knob(42, "seed of the shuffles and splits that a build makes", ge=0, le=MAX_INT64)
+    val_frac: float = knob(0.1, "share kept for validation of chats that come without a split", ge=0, lt=1)
+    shard_bytes: int = knob(128 * 1024 * 1024, "size of a shard file of tokens", ge=2, le=MAX_INT64)
+    train_tokens: int = knob(200_000_000, "tokens to train on from a source that is one stream", ge=1, le=MAX_INT64)
+    val_tokens: int = knob(5_000_000, "tokens to validate on from a source that is one stream", ge=0, le=MAX_INT64)
 
 
 class StreamSettings(Section):
@@ -157,6 +162,7 @@ class PrimerSettings(Section):
     delimiter: Text = knob("\n\n<dialogue>\n\n", "what separates dialogues in the text file")
     val_frac: float = knob(0.1, "share of the dialogues kept for validation", ge=0, lt=1)
     seed: int = knob(42, "seed of the split", ge=0, le=MAX_INT64)
+    t_max: int = knob(1024, "longest conversation in the chat cache, in tokens; the oldest go", ge=2, le=MANY)
 
 
 class DollySettings(Section):

@@ -7,6 +7,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,16 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from niels_gpt.cache import folder as folder_module
 from niels_gpt.cache import integrity
-from niels_gpt.cache.folder import replacing_folder, sweep_folder, whole_folder
-from niels_gpt.cache.format import open_pretrain, open_sft, writing_pretrain, writing_sft
+from niels_gpt.cache.folder import locked, replacing_folder, sweep_folder, whole_folder
+from niels_gpt.cache.format import open_pretrain, open_sft
+from niels_gpt.cache.writing import writing_pretrain, writing_sft
 from niels_gpt.files import sha256_file
 from tests.reference import BUNDLE, needs_bundle
 
 SHA = "ab" * 32
 SPECIALS = {"sys": 3, "usr": 4, "asst": 5, "eot": 6}
 META = {"tokenizer_sha256": SHA, "special_token_ids": SPECIALS}
-DEAD_PID = 2**22 + 1  # above the kernel's largest
 
 
 def build_pretrain_cache(root: Path, n: int = 300, *, shard_bytes: int = 128, separator: int | None = 6) -> Path:
@@ -119,12 +120,12 @@ def test_equal_builds_are_equal_bytes(tmp_path: Path) -> None:
 
 def test_ids_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="65536 pieces does not fit"):
-        build = writing_pretrain(tmp_path / "x", {}, vocab_size=65536, separator=None)
+        build = writing_pretrain(tmp_path / "x", {}, vocab_size=65536, separator=None, shard_bytes=128)
         build.__enter__()
     for ids in ([5, 512], [5, -1], [70000]):
         with (
             pytest.raises(ValueError, match=f"token id {ids[-1]} is outside the vocabulary of 512"),
-            writing_pretrain(tmp_path / "x", {}, vocab_size=512, separator=None) as writer,
+            writing_pretrain(tmp_path / "x", {}, vocab_size=512, separator=None, shard_bytes=128) as writer,
         ):
             writer.add("train", ids, 1)
     assert list(tmp_path.iterdir()) == []
@@ -358,7 +359,7 @@ def test_a_failing_build_leaves_the_old_cache_alone(root: Path) -> None:
     before = {path: path.read_bytes() for path in data_files(root)}
     for build, name in ((build_pretrain_cache, "n"), (build_sft_cache, "t")):
         with pytest.raises(RuntimeError, match=name), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("niels_gpt.cache.format.write_meta", Mock(side_effect=RuntimeError(name)))
+            patch.setattr("niels_gpt.cache.writing.write_meta", Mock(side_effect=RuntimeError(name)))
             build(root)
     assert {path: path.read_bytes() for path in data_files(root)} == before
     assert {path.name for path in root.iterdir()} == {"notes", "talk"}
@@ -404,12 +405,14 @@ def test_a_full_disk_is_an_error_that_names_the_file(root: Path, call: str, monk
 
 def killed_at(step: int, root: Path) -> None:
     """Leave `root` as a build of the cache `notes` does when it is killed at a step of its swap."""
-    new, old = (root / f".notes.{DEAD_PID}.0123abcd.{kind}" for kind in ("new", "old"))
+    new, old = root / ".notes.new", root / ".notes.old"
     build_pretrain_cache(root / "elsewhere", 60)
     shutil.move(root / "elsewhere" / "notes", new)
     shutil.rmtree(root / "elsewhere")
+    (root / ".notes.lock").touch()
+    (new / "journal.json").touch()
     if step == 0:  # while writing
-        (new / "meta.json").unlink()
+        (new / "meta.json.sha256").unlink()
     if step >= 2:  # between the renames
         (root / "notes").rename(old)
     if step >= 3:
@@ -426,9 +429,10 @@ def test_a_build_killed_at_any_point_leaves_a_whole_cache(root: Path, step: int,
         return open_pretrain(root, "notes", "train", tokenizer_sha256=SHA, vocab_size=512, verify=True).num_tokens
 
     assert opened() == tokens
-    sweep_folder(root / "notes")
+    with locked(root / "notes"):
+        sweep_folder(root / "notes")
     assert opened() == tokens
-    assert {path.name for path in root.iterdir()} == {"notes", "talk"}
+    assert {path.name for path in root.iterdir()} == {"notes", "talk"} and not list(root.rglob("journal*"))
     build_pretrain_cache(root, 90)
     assert opened() == 93
 
@@ -438,18 +442,13 @@ def test_the_next_build_takes_over_from_a_killed_one(root: Path, step: int) -> N
     killed_at(step, root)
     build_pretrain_cache(root, 120)
     assert open_pretrain(root, "notes", "train", tokenizer_sha256=SHA, vocab_size=512).num_tokens == 124
-    assert {path.name for path in root.iterdir()} == {"notes", "talk"}
-
-
-def test_a_living_build_is_not_swept(root: Path) -> None:
-    other = root / f".notes.{os.getppid()}.0123abcd.new"
-    other.mkdir()
-    build_pretrain_cache(root)
-    assert other.is_dir()
+    assert {path.name for path in root.iterdir()} == {"notes", "talk"} and not list(root.rglob("journal*"))
 
 
 def test_a_deleted_cache_does_not_come_back_from_rubbish(root: Path) -> None:
-    shutil.move(root / "notes", root / f".notes.{DEAD_PID}.0123abcd.old")
+    shutil.move(root / "notes", root / ".notes.old")
+    (root / ".notes.new").mkdir()
+    (root / ".notes.new" / "journal.json").touch()  # a build that was killed long after
     assert not whole_folder(root / "notes").exists()
     sweep_folder(root / "notes")
     assert {path.name for path in root.iterdir()} == {"talk"}
@@ -473,12 +472,17 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_pa
     assert [path.name for path in tmp_path.rglob("*")] == ["x", "old"]
 
 
-def test_two_builds_at_once_leave_the_later_one(tmp_path: Path) -> None:
+def test_a_second_builder_says_who_builds_and_waits(tmp_path: Path) -> None:
     target = tmp_path / "x"
-    with replacing_folder(target) as outer:
-        (outer / "outer").touch()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(folder_module, "sweep_folder", lambda _: None)
-            with replacing_folder(target) as inner:
-                (inner / "inner").touch()
-    assert [path.name for path in target.iterdir()] == ["outer"]
+    code = (
+        "import sys; from pathlib import Path; from niels_gpt.cache.folder import replacing_folder\n"
+        f"with replacing_folder(Path({str(target)!r})) as new: (new / 'second').touch()"
+    )
+    with replacing_folder(target) as new:
+        (new / "first").touch()
+        second = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        assert second.stderr is not None
+        said = second.stderr.readline()
+    assert f"x is being built by process {os.getpid()} on " in said and "waiting" in said
+    assert second.wait(60) == 0
+    assert [path.name for path in target.iterdir()] == ["second"] and [p.name for p in tmp_path.iterdir()] == ["x"]

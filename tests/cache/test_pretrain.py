@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from niels_gpt.cache.format import open_pretrain, writing_pretrain
+from niels_gpt.cache.encode import Encoder
+from niels_gpt.cache.format import open_pretrain
 from niels_gpt.cache.pretrain import build_pretrain, open_mix, shuffled, write_budgeted
+from niels_gpt.cache.writing import writing_pretrain
 from niels_gpt.settings import Settings, validate_overrides
 from niels_gpt.special_tokens import SPECIAL_TOKENS
 from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
@@ -62,7 +64,13 @@ def test_documents_are_cached_with_the_end_id_after_each(
     write_notes(tmp_path / "text")
     settings = settings_for(tmp_path)
     counts: list[tuple[str, int]] = []
-    meta = build(settings, tiny_tokenizer, "text", shard_bytes=1000, progress=lambda *args: counts.append(args))
+    meta = build(
+        settings,
+        tiny_tokenizer,
+        "text",
+        shard_bytes=1000,
+        progress=lambda done: counts.append((done.what, done.documents)),
+    )
     assert sum(meta["documents"].values()) == 20 and meta["documents"]["val"] > 0
     assert counts[-1] == ("train", meta["documents"]["train"])
     texts: dict[str, str] = {}
@@ -124,7 +132,7 @@ def test_a_killed_build_of_the_same_cache_is_cleaned_up_after(
     settings = settings_for(tmp_path)
     build(settings, tiny_tokenizer, "primer")
     root = tmp_path / "cache" / "pretrain"
-    new, old = (root / f".primer.{2**22 + 1}.0123abcd.{kind}" for kind in ("new", "old"))
+    new, old = root / ".primer.new", root / ".primer.old"
     shutil.copytree(root / "primer", old)
     if killed == "between the renames":
         (root / "primer").rename(new)
@@ -245,8 +253,8 @@ def test_reference_caches_are_reproduced_to_the_bit(tmp_path: Path, source: str)
     with writing_pretrain(
         tmp_path / source, published_meta(wanted), vocab_size=512, separator=None, shard_bytes=wanted["shard_bytes"]
     ) as writer:
-        budgets = {split: wanted[f"{split}_target"] for split in ("val_tokens", "train_tokens")}
-        write_budgeted(writer, texts, tokenizer, name=source, **budgets)
+        budgets = {split: wanted[f"{split}_tokens_target"] for split in ("val", "train")}
+        write_budgeted(writer, texts, Encoder(tokenizer, separate=False), name=source, budgets=budgets)
     assert published_meta(writer.meta) == wanted
     written = sorted(path.relative_to(tmp_path / source) for path in (tmp_path / source).rglob("*.bin"))
     assert written == sorted(path.relative_to(expected) for path in expected.rglob("*.bin"))

@@ -11,14 +11,8 @@ import pytest
 import torch
 
 from niels_gpt.cache.format import SftExamples, open_sft
-from niels_gpt.cache.sft import (
-    build_primer_sft_cache,
-    build_sft,
-    build_sft_cache,
-    open_mix,
-    pack_batch,
-    padded_batch,
-)
+from niels_gpt.cache.sft import build_sft, open_mix, pack_batch, padded_batch
+from niels_gpt.cache.sft_build import build_primer_sft_cache, build_sft_cache
 from niels_gpt.chat_format import render
 from niels_gpt.settings import Settings, validate_overrides
 from niels_gpt.special_tokens import SPECIAL_TOKENS
@@ -59,7 +53,11 @@ def test_examples_are_rendered_and_counted(tmp_path: Path, tiny_tokenizer: Sente
     chats = [chat(i) for i in range(30)]
     counts: list[tuple[str, int]] = []
     meta = build_sft_cache(
-        chats, tmp_path / "x", tokenizer=tiny_tokenizer, **OPTIONS, progress=lambda *args: counts.append(args)
+        chats,
+        tmp_path / "x",
+        tokenizer=tiny_tokenizer,
+        **OPTIONS,
+        progress=lambda done: counts.append((done.what, done.documents)),
     )
     order = torch.randperm(30, generator=torch.Generator().manual_seed(42)).tolist()
     assert counts == [("val", i) for i in range(1, 4)] + [("train", i) for i in range(1, 28)]

@@ -1,0 +1,119 @@
+"""The flags of the cache programs, and what they mean: settings, folders and the tokenizer they ask for.
+
+Every default is that of the settings, so that the same command without flags and the programs that build caches
+themselves make the same caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from niels_gpt.cache.integrity import DEFAULT_CACHE_DIR
+from niels_gpt.settings import Settings, default_settings, load_overrides, tokenizer_file, validate_overrides
+from niels_gpt.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+PHASES = ("pretrain", "sft")
+BUDGETED = "fineweb_edu"  # the source with budget flags of its own
+
+# flag -> the settings that it sets
+_SETS: dict[str, tuple[tuple[str, str], ...]] = {
+    "roam_dir": (("roam", "root_dir"),),
+    "text_dir": (("text", "root_dir"),),
+    "primer_jsonl": (("primer", "jsonl_path"),),
+    "seed": (
+        ("caches", "seed"),
+        ("primer", "seed"),
+        ("roam", "split_seed"),
+        ("text", "split_seed"),
+        ("chitchat", "split_seed"),
+        ("wiki_summaries", "split_seed"),
+        ("fineweb_edu", "seed"),
+        ("gutenberg", "seed"),
+        ("dolly", "seed"),
+        ("oasst1", "seed"),
+    ),
+    "skip_bad": (("jsonl", "skip_bad"),),
+    "val_frac": (("caches", "val_frac"), ("primer", "val_frac")),
+    "t_max": (("primer", "t_max"),),
+    "shard_bytes": (("caches", "shard_bytes"),),
+    "train_tokens": (("caches", "train_tokens"),),
+    "val_tokens": (("caches", "val_tokens"),),
+}
+
+
+def add_building(command: argparse.ArgumentParser) -> None:
+    """Flags of every command that builds."""
+    data = default_settings().data
+    command.add_argument("--config", help="JSON file of overrides: mixes, folders, tokenizer")
+    command.add_argument("--tokenizer", help="SentencePiece model (default: tokenizer.model_path)")
+    command.add_argument("--primer-jsonl", help=f"chat JSONL file (default: {data.primer.jsonl_path})")
+    command.add_argument("--seed", type=int, help=f"seed of every split and shuffle (default: {data.caches.seed})")
+    command.add_argument(
+        "--val-frac", type=float, help=f"share of the chats kept for validation (default: {data.primer.val_frac})"
+    )
+    command.add_argument(
+        "--t-max", type=int, help=f"longest primer conversation, in tokens (default: {data.primer.t_max})"
+    )
+    command.add_argument("--skip-bad", action="store_true", help="drop and count bad chats instead of stopping")
+
+
+def add_sources(command: argparse.ArgumentParser) -> None:
+    """Flags of the commands that build sources by name."""
+    data = default_settings().data
+    command.add_argument("--cache-dir", help=f"holds pretrain/ and sft/ (default: {DEFAULT_CACHE_DIR})")
+    command.add_argument("--out-dir", help="folder of the chat caches (default: sft/ in the cache folder)")
+    command.add_argument("--shard-bytes", type=int, help=f"size of a shard file (default: {data.caches.shard_bytes})")
+    command.add_argument("--roam-dir", help=f"folder of your notes (default: {data.roam.root_dir})")
+    command.add_argument("--text-dir", help=f"folder of your text files (default: {data.text.root_dir})")
+    for split, default in (("train", data.caches.train_tokens), ("val", data.caches.val_tokens)):
+        command.add_argument(
+            f"--{split}-tokens", type=int, help=f"{split} tokens of sources that are one stream (default: {default})"
+        )
+        command.add_argument(f"--fineweb-{split}-tokens", type=int, help=f"the same for {BUDGETED} alone")
+    command.add_argument("--workers", type=int, help="processes that tokenize (default: one a core)")
+
+
+@dataclass(frozen=True)
+class Roots:
+    pretrain: Path
+    sft: Path
+
+    def of(self, phase: str) -> Path:
+        return self.pretrain if phase == "pretrain" else self.sft
+
+
+def chosen_settings(args: argparse.Namespace) -> Settings:
+    overrides = load_overrides(args.config)
+    validate_overrides(overrides)  # before it is added to
+    for flag, places in _SETS.items():
+        value = getattr(args, flag, None)
+        for section, key in places if value is not None and value is not False else ():
+            overrides.setdefault("data", {}).setdefault(section, {})[key] = value
+    return validate_overrides(overrides)
+
+
+def chosen_budgets(args: argparse.Namespace, source: str) -> dict[str, Any]:
+    """The budgets in tokens that were given for this source alone."""
+    if source != BUDGETED:
+        return {}
+    return {f"{split}_tokens": getattr(args, f"fineweb_{split}_tokens") for split in ("train", "val")}
+
+
+def chosen_roots(args: argparse.Namespace, settings: Settings) -> Roots:
+    caches = settings.data.caches
+    roots = Roots(Path(caches.pretrain_token_cache), Path(caches.sft_token_cache))
+    if args.cache_dir is not None:
+        roots = Roots(Path(args.cache_dir) / "pretrain", Path(args.cache_dir) / "sft")
+    out_dir = getattr(args, "out_dir", None)
+    return roots if out_dir is None else Roots(roots.pretrain, Path(out_dir))
+
+
+def chosen_tokenizer(args: argparse.Namespace, settings: Settings) -> Tokenizer:
+    chosen = settings.tokenizer
+    if args.tokenizer is None and chosen.type == "byte":
+        return ByteTokenizer()
+    path = Path(args.tokenizer) if args.tokenizer else tokenizer_file(chosen) or Path(chosen.model_path)
+    return load_tokenizer(path, chosen.expected_special_token_ids.model_dump())

@@ -1,0 +1,181 @@
+"""From conversations to a chat cache on disk: labelled, split, and with every drop counted.
+
+Two builders, as in the published caches: the generic one for chats from anywhere, and that of primer.jsonl, which
+truncates from the left.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from niels_gpt.cache.folder import locked
+from niels_gpt.cache.shared import Done, Progress, fingerprint, tokenizer_meta, up_to_date
+from niels_gpt.cache.writing import SftWriter, writing_sft
+from niels_gpt.chat_format import AnyMessage, render
+from niels_gpt.data.primer import iter_chat_jsonl_lenient
+from niels_gpt.data.primer_source import val_indices
+from niels_gpt.data.roam import split_indices
+from niels_gpt.data.types import ROLES, Message
+from niels_gpt.files import sha256_file
+from niels_gpt.model.loss import IGNORED
+from niels_gpt.special_tokens import assert_no_special_collision, find_special_collision
+from niels_gpt.tokenizer import Tokenizer
+
+Example = Sequence[AnyMessage]
+
+
+def build_sft_cache(
+    examples: Sequence[Example],
+    out_dir: str | Path,
+    *,
+    tokenizer: Tokenizer,
+    seed: int,
+    val_frac: float,
+    strict: bool = False,
+    meta: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Build a chat cache in `out_dir` from conversations, split by a random permutation; returns its meta.json.
+
+    Val is the first max(1, n*val_frac) of the permutation (none of a single example); both splits keep the given order.
+    Malformed conversations are dropped and counted after the split; so are those with a special token literal, which
+    `strict` makes an error.
+    """
+    train, val = split_indices(len(examples), val_frac, seed)
+    splits = {split: [examples[i] for i in sorted(chosen)] for split, chosen in (("val", val), ("train", train))}
+    about = {
+        "dataset_name": None,
+        "dataset_config": None,
+        **(meta or {}),
+        "split_rule": f"torch.randperm val_frac={val_frac}",
+        "seed": seed,
+        "val_frac": val_frac,
+    }
+    return write_chats(Path(out_dir), splits, tokenizer, about, strict=strict, progress=progress)
+
+
+def build_primer_sft_cache(
+    jsonl_path: str | Path,
+    out_dir: str | Path,
+    *,
+    tokenizer: Tokenizer,
+    seed: int,
+    val_frac: float,
+    t_max: int,
+    strict: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Build a chat cache in `out_dir` from a chat JSONL file; returns its meta.json.
+
+    Conversations longer than `t_max` tokens lose their oldest ones. Val is int(n*val_frac) examples, possibly none.
+    Examples without an assistant message are dropped and counted.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no example in it; or, if `strict`, a malformed line or a special token literal in one.
+    """
+    path = Path(jsonl_path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; make it with tools/convert_primer_txt_to_jsonl.py")
+    if not 0 <= val_frac < 1 or t_max < 2:
+        raise ValueError(f"val_frac must be in [0, 1) and t_max at least 2, got val_frac={val_frac} and t_max={t_max}")
+    wanted = fingerprint({"sha256": sha256_file(path)}, seed=seed, val_frac=val_frac, t_max=t_max, strict=strict)
+    with locked(Path(out_dir)):
+        if kept := up_to_date(Path(out_dir), wanted, tokenizer):
+            return kept
+        examples: list[Example] = []
+        malformed = 0
+        for number, messages, reason in iter_chat_jsonl_lenient(path):
+            if messages is None and reason and not reason.startswith("no assistant message"):
+                if strict:
+                    raise ValueError(f"{path}: line {number}: {reason}")
+                malformed += 1
+                continue
+            examples.append(messages or [])
+        if not examples:
+            raise ValueError(f"{path}: no example in it; each line must be an object such as {{'messages': [...]}}")
+        held_out = val_indices(len(examples), val_frac, seed)
+        splits = {
+            "val": [messages for i, messages in enumerate(examples) if i in held_out],
+            "train": [messages for i, messages in enumerate(examples) if i not in held_out],
+        }
+        meta = {
+            "source": "primer",
+            "dataset_name": "primer",
+            "dataset_config": None,
+            "split_rule": f"by example, val_frac={val_frac}, seed={seed}",
+            "seed": seed,
+            "val_frac": val_frac,
+            "T_max": t_max,
+            "source_fingerprint": wanted,
+        }
+        dropped = Counter({"malformed": malformed})
+        return write_chats(
+            Path(out_dir), splits, tokenizer, meta, strict=strict, t_max=t_max, dropped=dropped, progress=progress
+        )
+
+
+def write_chats(
+    folder: Path,
+    splits: Mapping[str, Sequence[Example]],
+    tokenizer: Tokenizer,
+    meta: dict[str, Any],
+    *,
+    strict: bool,
+    t_max: int | None = None,
+    dropped: Counter[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    dropped = Counter() if dropped is None else dropped
+    sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    meta |= tokenizer_meta(tokenizer)
+    with writing_sft(folder, meta, vocab_size=tokenizer.vocab_size) as writer:
+        for split, examples in splits.items():
+            for n, messages in enumerate(examples):
+                where = f"{folder.name}/{split}"
+                reason = _reject(messages, strict, where, n) or _add(writer, split, messages, tokenizer, sizes, t_max)
+                if reason:
+                    dropped[reason] += 1
+                if progress:
+                    progress(Done(split, n + 1, of_documents=len(examples)))
+        kept = writer.n_examples("train")
+        if not kept:
+            raise ValueError(f"no conversation to train on is left for {folder.name}; dropped: {dict(dropped)}")
+        meta["dropped"] = {reason: count for reason, count in sorted(dropped.items()) if count}
+        meta["dropped_collisions"] = dropped["collision"]
+        meta["dropped_malformed_examples"] = sum(dropped.values()) - dropped["collision"]
+    return writer.meta
+
+
+def _reject(messages: Example, strict: bool, where: str, index: int) -> str | None:
+    """Why a conversation cannot be used, None if it can; ValueError for a special token literal if `strict`."""
+    fields = [(m.role, m.content) if isinstance(m, Message) else (m.get("role"), m.get("content")) for m in messages]
+    if any(role not in ROLES or not isinstance(content, str) for role, content in fields):
+        return "malformed"
+    if not any(role == "assistant" for role, _ in fields):
+        return "no_assistant"
+    for i, (_, content) in enumerate(fields):
+        if strict:
+            assert_no_special_collision(str(content), dataset=where, doc_index=index, field=f"messages[{i}].content")
+        elif find_special_collision(str(content)):
+            return "collision"
+    return None
+
+
+def _add(
+    writer: SftWriter, split: str, messages: Example, tokenizer: Tokenizer, sizes: np.ndarray, t_max: int | None
+) -> str | None:
+    """Write one conversation; returns why it was dropped, if it was. `sizes[i]` is the length of id i in bytes."""
+    ids, labels = render(tokenizer, messages)
+    if t_max is not None:
+        ids, labels = ids[-t_max:], labels[-t_max:]
+        if len(ids) < 2:
+            return "too_short"
+    targets = np.array(labels)
+    writer.add(split, ids, labels, int(sizes[targets[targets != IGNORED]].sum()))
+    return None
