@@ -26,7 +26,7 @@ quickstart: install
 	$(BIN)/niels-gpt quickstart $(QUICKSTART_ARGS)
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .
