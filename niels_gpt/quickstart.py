@@ -33,7 +33,8 @@ from niels_gpt.summary import Summary, measure, show
 from niels_gpt.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
 from niels_gpt.train.loop import Interrupted
 from niels_gpt.train.pretrain import run_pretrain
-from niels_gpt.train.sft import run_sft
+from niels_gpt.train.sft import run_sft, sft_fingerprint
+from niels_gpt.train.start import fingerprint
 
 CONFIG = "configs/quickstart.json"
 SFT_SHARE = 0.6  # of the training budget; tuned in docs/log.md
@@ -187,17 +188,20 @@ def train_both(plan: Plan, console: Console) -> dict[str, dict[str, Any]]:
     return {"pretrain": pretrain, "sft": sft}
 
 
+def _data(settings: Settings, phase: str | None) -> dict[str, str]:
+    """What a phase would learn from now."""
+    if phase == "sft":
+        return sft_fingerprint(settings, settings.data.mix_sft)
+    return fingerprint(settings.data.caches.pretrain_token_cache, settings.data.mix_pretrain)
+
+
 def _same_run(plan: Plan) -> bool:
     """Whether the checkpoints here were made with these settings from these caches, and may be gone on with."""
     found = [path for phase in ("pretrain", "sft") if (path := ckpt.newest_good(phase)) is not None]
     wanted = plan.settings.model_dump(mode="json")
     for path in found:
         record = ckpt.load_checkpoint(path, device="cpu")["resume"] or {}
-        root = getattr(plan.settings.data.caches, f"{record.get('phase')}_token_cache", None)
-        if record.get("settings") != wanted or root is None:
-            return False
-        metas = {Path(root) / name / "meta.json": sha for name, sha in record["data"].items()}
-        if any(not path.is_file() or files.sha256_file(path) != sha for path, sha in metas.items()):
+        if record.get("settings") != wanted or record.get("data") != _data(plan.settings, record.get("phase")):
             return False
     return bool(found)
 

@@ -113,12 +113,14 @@ class Loop:
             self.optimizer.load_state_dict(loaded["optimizer_state"])
         if self.scaler is not None and resume.get("scaler"):
             self.scaler.load_state_dict(resume["scaler"])
+        # A kill between the first two files of a save can leave a best loss without its file: the next one is the best.
+        has_best = ckpt.phase_paths(self.job.phase).best.is_file()
         self.state = RunState(
             step=loaded["step"],
             tokens_seen=resume.get("tokens_seen", 0),
             skipped_steps=resume.get("skipped_steps", 0),
-            best_val_loss=loaded["best_val_loss"],
-            best_step=resume.get("best_step"),
+            best_val_loss=loaded["best_val_loss"] if has_best else None,
+            best_step=resume.get("best_step") if has_best else None,
         )
         return float(resume.get("elapsed_s", 0.0))
 

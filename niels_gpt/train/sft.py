@@ -11,11 +11,12 @@ import torch
 
 from niels_gpt.batching import Batch, TokenStream
 from niels_gpt.cache.format import SftExamples, open_pretrain
-from niels_gpt.cache.pretrain import open_mix as open_text_mix
 from niels_gpt.cache.sft import open_mix, pack_batch, padded_batch
 from niels_gpt.epochs import MixedRows
+from niels_gpt.mixes import open_mixes
 from niels_gpt.model.loss import IGNORED
 from niels_gpt.rng import generator_for
+from niels_gpt.settings import Settings
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import stream_eval
@@ -23,6 +24,7 @@ from niels_gpt.train.report import Reporter
 from niels_gpt.train.start import Overrides, Start, eval_shape, fingerprint, start_phase, weighted_metric
 
 PHASE = "sft"
+TEXT = "text/"  # before the names of replayed sources
 
 
 def run_sft(
@@ -96,8 +98,17 @@ def sft_job(start: Start) -> Job:
             options, {"pretrain_val_loss": found.get("pretrain"), "sft_val_loss": found.get("sft")}
         ),
         tokenizer_model=start.tokenizer_model,
-        data=fingerprint(settings.data.caches.sft_token_cache, sources),
+        data=sft_fingerprint(settings, sources),
     )
+
+
+def sft_fingerprint(settings: Settings, sources: Iterable[str]) -> dict[str, str]:
+    """What fine-tuning learns from: its chats, and the text it replays (as text/SOURCE)."""
+    found = fingerprint(settings.data.caches.sft_token_cache, sources)
+    if settings.data.replay_pretrain:
+        text = fingerprint(settings.data.caches.pretrain_token_cache, settings.data.mix_pretrain)
+        found |= {f"{TEXT}{name}": sha for name, sha in text.items()}
+    return found
 
 
 Sources = dict[str, SftExamples]
@@ -128,7 +139,7 @@ def _replayer(start: Start, T: int) -> Callable[[int], Batch | None]:
     rows = min(round(start.options.micro_B * settings.data.replay_pretrain), start.options.micro_B - 1)
     if not rows:
         return lambda n: None
-    streams, mix = open_text_mix(settings, start.tokenizer, "train", T)
+    streams, mix = open_mixes(settings, start.tokenizer, T)["train"]
     mixed = MixedRows(streams, mix, T, start.options.seed, backwards=True)
     return lambda n: mixed.batch(n * rows, rows)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from niels_gpt.checkpoint import build_model, load_checkpoint
@@ -285,3 +286,22 @@ def test_explicit_attention_is_for_short_bf16_rows_on_cpus_alone() -> None:
     assert not blocks._explicit_is_faster(q.float(), q.float())
     assert not blocks._explicit_is_faster(q[:, :, :1], q)  # decoding
     assert not blocks._explicit_is_faster(q, torch.zeros(1, 1, blocks.SHORT + 1, 4, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 16), (2, 3, 5, 8), (1, 4)])
+def test_the_written_out_norm_is_pytorchs(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(shape[-1]).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(shape[-1], generator=generator, dtype=torch.float64))
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = norm.weight.detach().clone().requires_grad_()
+    theirs = F.rms_norm(x, weight.shape, weight, norm.eps)
+    torch.testing.assert_close(norm(x), theirs)
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    ours_x, ours_w = torch.autograd.grad(norm(x), (x, norm.weight), grad)
+    theirs_x, theirs_w = torch.autograd.grad(theirs, (x, weight), grad)
+    torch.testing.assert_close(ours_x, theirs_x)
+    torch.testing.assert_close(ours_w, theirs_w)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), theirs)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ import torch
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.batching import Batch
+from niels_gpt.cache.pretrain import build_pretrain
 from niels_gpt.checkpoint import format as checkpoint_format
 from niels_gpt.model.loss import IGNORED
+from niels_gpt.settings import validate_overrides
 from niels_gpt.tokenizer import SentencePieceTokenizer
 from niels_gpt.train.loop import Interrupted, Loop, train
 from niels_gpt.train.pretrain import pretrain_job, run_pretrain
@@ -250,3 +255,62 @@ def test_a_closed_output_ends_training_quietly(tmp_path: Path, tiny_tokenizer: S
         err = process.stderr.read()
     assert process.returncode == 1
     assert err in ("", "the output was closed, so training stopped; the same command goes on\n")
+
+
+def test_a_best_loss_without_its_file_is_forgotten(world: dict[str, Any]) -> None:
+    """A kill after the first step file and before best.pt leaves that behind; the next evaluation makes one."""
+    run_pretrain(world, device="cpu", quiet=True)
+    found = ckpt.phase_paths("pretrain")
+    found.best.unlink()
+    world["training"]["pretrain"] |= {
+        "total_steps": 13,
+        "base_lr": 1.0,
+        "min_lr": 1.0,
+    }  # a last step that makes it worse
+    result = run_pretrain(world, device="cpu", quiet=True)
+    assert result["final_step"] == 13 and found.best.is_file()
+    assert ckpt.load_checkpoint(found.best, device="cpu")["step"] == 13
+
+
+def test_fine_tuning_records_the_text_it_replays(
+    world: dict[str, Any], tiny_tokenizer: SentencePieceTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world["data"]["replay_pretrain"] = 0.5
+    run_sft(world, device="cpu", quiet=True)
+    resume = ckpt.load_checkpoint(ckpt.phase_paths("sft").latest, device="cpu")["resume"]
+    assert resume is not None and set(resume["data"]) == {"primer", "text/primer"}
+    settings = validate_overrides(world)
+    root = settings.data.caches.pretrain_token_cache
+    build_pretrain(settings, tiny_tokenizer, "primer", root=root, seed=2)
+    world["training"]["sft"]["total_steps"] = 13
+    capsys.readouterr()
+    run_sft(world, device="cpu", quiet=True)
+    assert "data was" in capsys.readouterr().err
+
+
+def test_exact_to_the_bit_in_bf16(world: dict[str, Any]) -> None:
+    """Two straight runs, and one that stops halfway and is taken up, under autocast with Muon and dropout."""
+    world["training"]["pretrain"] |= {"amp": True, "amp_dtype": "bf16", "total_steps": 8, "warmup_steps": 2}
+    shas = []
+    for stops in ((8,), (8,), (5, 8)):
+        shutil.rmtree("checkpoints", ignore_errors=True)
+        for last in stops:
+            stop_after(world, last)
+        shas.append(workshop.weights_sha(ckpt.phase_paths("pretrain").latest))
+    assert shas[0] == shas[1] == shas[2]
+
+
+def stop_after(world: dict[str, Any], step: int) -> None:
+    """Train to a step and save there as an interruption does, with the schedule of the whole run."""
+    start = start_phase("pretrain", world, device="cpu", resume_path=None, no_auto_resume=False)
+    job = pretrain_job(start)
+    batches = job.next_batch
+
+    def next_batch(at: int, microbatch: int) -> Batch:
+        if at == step - 1 and microbatch == 0 and step < 8:
+            signal.raise_signal(signal.SIGINT)  # honoured when the step is done
+        return batches(at, microbatch)
+
+    reporter = Reporter("pretrain", start.resolved.run_id, quiet=True)
+    with contextlib.suppress(Interrupted):
+        train(replace(job, next_batch=next_batch), device="cpu", reporter=reporter, resume=start.resume)
