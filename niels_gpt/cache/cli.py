@@ -29,6 +29,7 @@ from niels_gpt.cache.flags import (
 from niels_gpt.cache.format import TOKEN_DTYPE
 from niels_gpt.cache.integrity import DEFAULT_CACHE_DIR
 from niels_gpt.cache.pretrain import build_pretrain
+from niels_gpt.cache.scale import build_scaled
 from niels_gpt.cache.sft import build_sft
 from niels_gpt.cache.sft_build import build_primer_sft_cache
 from niels_gpt.cache.shared import Progress
@@ -120,8 +121,12 @@ def _build_all(args: argparse.Namespace) -> int:
 def _build_one(
     args: argparse.Namespace, settings: Settings, tokenizer: Tokenizer, roots: Roots, phase: str, name: str
 ) -> bool:
-    def text(progress: Progress) -> dict[str, Any]:
+    def text(progress: Progress) -> dict[str, Any] | None:
         budgets = chosen_budgets(args, name)
+        if args.executor:
+            where = {"executor": args.executor, "tasks": args.tasks}
+            slurm = {"partition": args.partition, "time_limit": args.time_limit}
+            return build_scaled(settings, tokenizer, name, root=roots.pretrain, **where, **slurm, **budgets)
         options = {"root": roots.pretrain, "workers": args.workers, "progress": progress}
         return build_pretrain(settings, tokenizer, name, **options, **budgets)
 
@@ -154,7 +159,7 @@ def _build_sft_primer(args: argparse.Namespace) -> int:
     return 0 if done else 1
 
 
-def _report(name: str, optional: bool, build: Callable[[Progress], dict[str, Any]]) -> bool:
+def _report(name: str, optional: bool, build: Callable[[Progress], dict[str, Any] | None]) -> bool:
     """Run one build with a progress line; print how it went. A missing optional source is no failure."""
     started = time.monotonic()
     try:
@@ -169,6 +174,9 @@ def _report(name: str, optional: bool, build: Callable[[Progress], dict[str, Any
     except (ValueError, OSError, RuntimeError) as error:
         print(f"✗ {name} failed: {files.explained(error)}", file=sys.stderr)
         return False
+    if meta is None:
+        print(f"- {name}: its tasks are queued")
+        return True
     took = "up to date" if meta.get("reused") else f"{time.monotonic() - started:.1f} s"
     if kept := meta.get("reused_documents"):
         took = f"reused {kept:,} documents, tokenized {sum(meta['documents'].values()) - kept:,}, {took}"

@@ -8,7 +8,6 @@ SentencePiece's own threads. The result is the same for any number of workers.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import pickle
 import queue
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from niels_gpt.cache import words
+from niels_gpt.cache.format import digest_of
 from niels_gpt.special_tokens import assert_no_special_collision
 from niels_gpt.tokenizer import Tokenizer
 
@@ -165,7 +165,7 @@ def _batches(texts: Iterable[str], name: str, first: int, lookup: Lookup | None,
         assert_no_special_collision(text, dataset=name, doc_index=index, field="text")
         content = text.encode("utf-8", "surrogatepass")
         if lookup is not None:
-            batch.digests.append(hashlib.sha256(content).digest()[:16])
+            batch.digests.append(digest_of(content))
             if (ids := lookup(batch.digests[-1])) is not None:
                 batch.known[len(batch.sizes)] = ids
         if len(batch.sizes) not in batch.known:

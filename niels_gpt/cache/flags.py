@@ -73,6 +73,10 @@ def add_sources(command: argparse.ArgumentParser) -> None:
             f"--{split}-tokens", type=int, help=f"{split} tokens of sources that are one stream (default: {default})"
         )
         command.add_argument(f"--fineweb-{split}-tokens", type=int, help=f"the same for {BUDGETED} alone")
+    command.add_argument("--executor", choices=("local", "slurm", "ray"), help="build text with datatrove, in tasks")
+    command.add_argument("--tasks", type=int, default=1, help="tasks of the executor (default: %(default)s)")
+    command.add_argument("--partition", default="cpu", help="Slurm partition of the tasks (default: %(default)s)")
+    command.add_argument("--time-limit", default="24:00:00", help="Slurm time limit of a task (default: %(default)s)")
     command.add_argument("--workers", type=int, help="processes that tokenize (default: one a core)")
 
 

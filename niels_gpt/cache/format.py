@@ -12,6 +12,7 @@ were published without hashes open as well, after the checks that their files al
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,11 @@ TOKEN_DTYPE, LABEL_DTYPE = "uint16-le", "int32-le"
 
 TOKEN, LABEL, _BYTE = np.dtype("<u2"), np.dtype("<i4"), np.dtype("u1")
 DOCUMENT = np.dtype([("digest", "V16"), ("end", "<i8")])  # half of its text's sha256; where its tokens end in the split
+
+
+def digest_of(text: bytes) -> bytes:
+    """What a text is known by in an index of documents."""
+    return hashlib.sha256(text).digest()[:16]
 
 
 def index_name(split: str) -> str:

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from niels_gpt.batching import TokenStream
-from niels_gpt.cache.encode import Block, Encoder
-from niels_gpt.cache.folder import locked
+from niels_gpt.cache.building import make_plan, run, write_blocks
+from niels_gpt.cache.encode import Encoder
 from niels_gpt.cache.format import open_pretrain
 from niels_gpt.cache.known import KnownDocuments
-from niels_gpt.cache.shared import (
-    BUILD_VERSION,
-    Done,
-    Progress,
-    fingerprint,
-    open_sources,
-    renormalised,
-    tokenizer_meta,
-    up_to_date,
-    warn,
-)
-from niels_gpt.cache.writing import PretrainWriter, writing_pretrain
-from niels_gpt.data.registry import Source, get_source, is_optional
-from niels_gpt.data.types import Document
+from niels_gpt.cache.shared import BUILD_VERSION, Progress, open_sources, renormalised, warn
+from niels_gpt.cache.writing import PretrainWriter
+from niels_gpt.data.registry import is_optional
 from niels_gpt.settings import Settings
 from niels_gpt.tokenizer import Tokenizer
-
-STREAM = "stream"  # what `writer.consumed` calls the documents of a source that is one stream
 
 
 def build_pretrain(
@@ -60,151 +44,24 @@ def build_pretrain(
         FileNotFoundError: the source's files are not there.
         ValueError: unknown source, no text in it, or a document with a special token literal.
     """
-    entry, chosen = get_source(source), settings.data.caches
-    if entry.documents is None and entry.stream is None:
-        raise ValueError(f"the source {entry.name} has chats, not text; build it for sft")
-    seed = chosen.seed if seed is None else seed
-    shard_bytes = chosen.shard_bytes if shard_bytes is None else shard_bytes
-    budgets, buffer_size = {}, None
-    if entry.stream is not None:
-        given = {"val": val_tokens, "train": train_tokens}
-        defaults = {"val": chosen.val_tokens, "train": chosen.train_tokens}
-        budgets = {split: defaults[split] if n is None else n for split, n in given.items()}
-        buffer_size = _buffer_size(settings, entry.name)
-    separator = tokenizer.eot_id if entry.ends_documents else None
-    description = entry.describe(settings, "pretrain")
-    options = {"seed": seed, "shard_bytes": shard_bytes, "separator": separator, "ends": entry.ends_documents}
-    wanted = fingerprint(description, **options, budgets=budgets, shuffle_buffer=buffer_size)
-    meta = {
-        "dataset_config": None,
-        "streaming": entry.stream is not None,
-        "shuffle_buffer": buffer_size,
-        "train_tokens_target": budgets.get("train"),
-        "val_tokens_target": budgets.get("val"),
-        **{key: value for key, value in description.items() if key != "files"},
-        "seed": seed,
-        "source_fingerprint": wanted,
-        "build_version": BUILD_VERSION,
-        **tokenizer_meta(tokenizer),
-    }
-    folder = Path(root) / entry.name
-    with locked(folder):
-        if kept := up_to_date(folder, wanted, tokenizer, resume=True):
-            return kept
-        key = f"{wanted}/{tokenizer.sha256}"
-        known = KnownDocuments(folder, tokenizer, separator=separator, version=BUILD_VERSION)
-        with (
-            Encoder(tokenizer, separate=entry.ends_documents, workers=workers) as encoder,
-            writing_pretrain(
-                folder,
-                meta,
-                vocab_size=tokenizer.vocab_size,
-                separator=separator,
-                shard_bytes=shard_bytes,
-                indexed=entry.stream is None,
-                key=key,
-            ) as writer,
-        ):
-            if entry.stream is not None:
-                texts = shuffled((d.text for d in entry.stream(settings)), buffer_size, seed)
-                write_budgeted(writer, texts, encoder, name=entry.name, budgets=budgets, progress=progress)
-                reused = 0
-            else:
-                reused = _write_documents(writer, settings, entry, encoder, known, progress)
-            if not writer.n_tokens("train"):
-                raise ValueError(f"the source {entry.name} has no text to train on; check what it reads")
-    return {**writer.meta, "reused_documents": reused} if reused else writer.meta
-
-
-def _write_documents(
-    writer: PretrainWriter,
-    settings: Settings,
-    entry: Source,
-    encoder: Encoder,
-    known: KnownDocuments,
-    progress: Progress | None,
-) -> int:
-    """Write both splits of a source; returns how many documents were found in the old cache."""
-    assert entry.documents is not None
+    options = {"seed": seed, "shard_bytes": shard_bytes, "train_tokens": train_tokens, "val_tokens": val_tokens}
+    plan = make_plan(settings, tokenizer, source, root=root, **options)
     reused = 0
-    for split in ("val", "train"):
-        first = writer.consumed.get(split, 0)
-        texts = _texts(entry.documents(settings, split), first)
-        for block in encoder.blocks(texts, f"{entry.name}/{split}", first=first, lookup=known):
-            writer.add_block(split, block, 0, len(block.ids))
-            _consumed(writer, split, block)
-            reused += block.reused
-            if progress:
-                progress(Done(split, writer.n_documents(split), writer.n_bytes(), writer.n_tokens(split)))
-    return reused
 
+    def fill(writer: PretrainWriter) -> None:
+        nonlocal reused
+        known = None
+        if not plan.budgets:
+            known = KnownDocuments(plan.folder, tokenizer, separator=plan.separator, version=BUILD_VERSION)
+        with Encoder(tokenizer, separate=plan.source.ends_documents, workers=workers) as encoder:
+            for part in plan.parts:
+                first = writer.consumed.get(part, 0)
+                texts = islice(plan.texts(settings, part), first, None)
+                blocks = encoder.blocks(texts, f"{plan.source.name}/{part}", first=first, lookup=known)
+                reused += write_blocks(writer, plan, part, blocks, progress)
 
-def _texts(documents: Iterable[Document], first: int) -> Iterator[str]:
-    return (document.text for document in islice(documents, first, None))
-
-
-def _consumed(writer: PretrainWriter, what: str, block: Block) -> None:
-    writer.consumed[what] = writer.consumed.get(what, 0) + len(block)
-    writer.commit()
-
-
-def write_budgeted(
-    writer: PretrainWriter,
-    texts: Iterable[str],
-    encoder: Encoder,
-    *,
-    name: str,
-    budgets: dict[str, int],
-    progress: Progress | None = None,
-) -> None:
-    """Fill val to its number of tokens, then train to its own, from one stream of texts; the rest is not read.
-
-    The text at the boundary is split between them, as in the published caches of this format.
-    """
-    total = sum(budgets.values())
-    if sum(map(writer.n_tokens, budgets)) >= total:
-        return
-    first = writer.consumed.get(STREAM, 0)
-    for block in encoder.blocks(islice(texts, first, None), name, first=first):
-        start = 0
-        for split in ("val", "train"):
-            stop = min(len(block.ids), start + budgets[split] - writer.n_tokens(split))
-            if stop > start:
-                writer.add_block(split, block, start, stop)
-                start = stop
-        _consumed(writer, STREAM, block)
-        written = sum(map(writer.n_tokens, budgets))
-        if progress:
-            progress(Done(name, writer.consumed[STREAM], writer.n_bytes(), written, of_tokens=total))
-        if written >= total:
-            return
-
-
-def _buffer_size(settings: Settings, source: str) -> int | None:
-    """How many documents of a stream are shuffled at a time; None where `data.SOURCE.shuffle` is off."""
-    chosen = getattr(settings.data, source, None)
-    if not getattr(chosen, "shuffle", True):
-        return None
-    return getattr(chosen, "shuffle_buffer", settings.reproducibility.dataset_shuffle_buffer_size)
-
-
-def shuffled(texts: Iterable[str], buffer_size: int | None, seed: int) -> Iterator[str]:
-    """Texts in random order with a buffer of limited size; the order is that of the published caches."""
-    if buffer_size is None:
-        yield from texts
-        return
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw() -> str:
-        return buffer.pop(int(torch.randint(len(buffer), (1,), generator=generator)))
-
-    buffer: list[str] = []
-    for text in texts:
-        buffer.append(text)
-        if len(buffer) >= buffer_size:
-            yield draw()
-    while buffer:
-        yield draw()
+    meta = run(plan, tokenizer, fill)
+    return {**meta, "reused_documents": reused} if reused else meta
 
 
 def open_mix(

@@ -3,48 +3,126 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
 from niels_gpt.cache.flags import PHASES, chosen_roots, chosen_settings
-from niels_gpt.cache.format import SPLITS
+from niels_gpt.cache.format import SPLITS, open_pretrain, open_sft
 from niels_gpt.cache.integrity import open_folder
 from niels_gpt.data.registry import canonical_name
+from niels_gpt.model.loss import IGNORED
+from niels_gpt.settings import Settings, tokenizer_file
+from niels_gpt.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+SAMPLES = 3
+SAMPLE_TOKENS = 96
+TRAINED, CONTROL = "bold green", "dim cyan"
 
 
-def _found(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+def found(args: argparse.Namespace, settings: Settings) -> Iterator[tuple[str, Path]]:
     """(phase/source, folder) of every cache, or of the named ones."""
-    settings = chosen_settings(args)
     roots = chosen_roots(args, settings)
     wanted = {canonical_name(name) for name in args.sources}
-    found = 0
+    n = 0
     for phase in PHASES:
         for meta in sorted(roots.of(phase).glob("*/meta.json")):
             if not meta.parent.name.startswith(".") and (not wanted or meta.parent.name in wanted):
-                found += 1
+                n += 1
                 yield f"{phase}/{meta.parent.name}", meta.parent
-    if not found:
+    if not n:
         raise FileNotFoundError(f"no caches in {roots.pretrain} or {roots.sft}; build some with the command build")
 
 
 def show(args: argparse.Namespace) -> int:
-    bad = 0
-    for name, folder in _found(args):
+    """Counts, sizes and samples of every cache; what the loss of a chat is taken on is in colour, or in ⟦ ⟧."""
+    bad, console, settings = 0, Console(highlight=False, soft_wrap=True), chosen_settings(args)
+    tokenizers = list(_tokenizers(args, settings))
+    for name, folder in found(args, settings):
         try:
             _, meta, _ = open_folder(folder.parent, folder.name)
+            size = sum(entry["size"] for entry in meta.get("files", {}).values())
+            sized = f", {size / 1e6:,.1f} MB" if size else ""
+            sha = str(meta.get("tokenizer_sha256"))[:12]
+            console.print(f"✓ {name}: {summary(meta)}{sized}, tokenizer {sha}", markup=False)
+            tokenizer = next((t for t in tokenizers if t.sha256 == meta.get("tokenizer_sha256")), None)
+            if tokenizer is None:
+                console.print(f"  no samples: tokenizer {sha} is not here; name it with --config", markup=False)
+            for sample in samples(name, folder, tokenizer, colour=console.is_terminal) if tokenizer else ():
+                console.print(sample)
         except (ValueError, FileNotFoundError) as error:
             bad += 1
             print(f"✗ {name}: {error}", file=sys.stderr)
-        else:
-            print(f"✓ {name}: {summary(meta)}, tokenizer {str(meta.get('tokenizer_sha256'))[:12]}")
     return 1 if bad else 0
 
 
+def _tokenizers(args: argparse.Namespace, settings: Settings) -> Iterator[Tokenizer]:
+    """The tokenizers that may have built the caches: the configured one, the copy beside them, and bytes."""
+    beside = chosen_roots(args, settings).pretrain.parent / "tokenizer" / "spm.model"
+    for path in (tokenizer_file(settings.tokenizer), beside):
+        if path is not None and Path(path).is_file():
+            yield load_tokenizer(path)
+    yield ByteTokenizer()
+
+
+def samples(name: str, folder: Path, tokenizer: Tokenizer, *, colour: bool) -> Iterator[Text]:
+    """Three pieces of a cache as text: from the start, the middle and the end of its training split."""
+    options: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+    controls = {i: f"<{name}>" for name, i in tokenizer.special_token_ids().items()}
+    if name.startswith("sft/"):
+        examples = open_sft(folder.parent, folder.name, "train", **options, allow_missing_idx=True)
+        for i in _spread(len(examples)):
+            ids, labels = examples.example(i)
+            yield _sample(f"conversation {i:,}", ids, labels, tokenizer, controls, colour)
+        return
+    arrays = open_pretrain(folder.parent, folder.name, "train", **options).arrays
+    ends = np.cumsum([len(array) for array in arrays])
+    for i in _spread(max(1, int(ends[-1]) - SAMPLE_TOKENS + 1) if len(ends) else 0):
+        shard = int(np.searchsorted(ends, i, side="right"))
+        ids = arrays[shard][i - (ends[shard] - len(arrays[shard])) :][:SAMPLE_TOKENS].astype(np.int64)
+        yield _sample(f"token {i:,}", ids, np.full_like(ids, IGNORED), tokenizer, controls, colour)
+
+
+def _spread(n: int) -> list[int]:
+    return sorted({(n - 1) * k // (SAMPLES - 1) for k in range(SAMPLES)}) if n else []
+
+
+def _sample(
+    title: str, ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer, controls: Mapping[int, str], colour: bool
+) -> Text:
+    cut = "…" if len(ids) > SAMPLE_TOKENS else ""
+    ids, labels = ids[:SAMPLE_TOKENS], labels[:SAMPLE_TOKENS]
+    trained = labels != IGNORED
+    bounds = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
+    line = Text(f"  {title}: ", style="dim")
+    for start, stop in itertools.pairwise(bounds):
+        shown = Text()
+        run: list[int] = []
+        for token_id in [*ids[start:stop].tolist(), None]:
+            if token_id is not None and token_id not in controls:
+                run.append(token_id)
+                continue
+            shown.append(_one_line(tokenizer.decode(run)), TRAINED if trained[start] else "none")
+            shown.append(controls.get(token_id, "") if token_id is not None else "", CONTROL)
+            run = []
+        line.append_text(shown if colour or not trained[start] else Text.assemble("⟦", shown, "⟧"))
+    return line.append(cut)
+
+
+def _one_line(text: str) -> str:
+    return "".join("⏎" if c == "\n" else c if c.isprintable() else "·" for c in text)
+
+
 def verify(args: argparse.Namespace) -> int:
+    """Hash every file of the caches again."""
     bad = 0
-    for name, folder in _found(args):
+    for name, folder in found(args, chosen_settings(args)):
         try:
             _, meta, _ = open_folder(folder.parent, folder.name, verify=True)
         except (ValueError, FileNotFoundError) as error:
@@ -56,7 +134,7 @@ def verify(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def summary(meta: dict[str, Any]) -> str:
+def summary(meta: Mapping[str, Any]) -> str:
     """Documents and tokens of train and val, and what was dropped."""
     tokens = {split: meta.get(f"{split}_tokens", 0) for split in SPLITS}
     if "splits" in meta:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from niels_gpt.cache import cli
+from niels_gpt.cache.pretrain import build_pretrain
+from niels_gpt.cache.sft import build_sft
+from niels_gpt.data.registry import SOURCES, Source
+from niels_gpt.data.types import Document
+from niels_gpt.settings import Settings, validate_overrides
 from niels_gpt.special_tokens import SPECIAL_TOKENS
 from niels_gpt.tokenizer import SentencePieceTokenizer
 
@@ -142,7 +148,13 @@ def test_show_and_verify(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "no caches in data/cache/pretrain or data/cache/sft" in capsys.readouterr().err
     assert run("build", "primer") == 0
     assert run("show") == run("verify") == run("verify", "primer") == 0
-    assert "✓ sft/primer: 6 files are as written" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "✓ sft/primer: 6 files are as written" in out
+    shown = out.split("✓ pretrain/primer: 8")[0]
+    assert shown.count("  token ") == shown.count("  conversation ") == 3 and " MB, tokenizer " in shown
+    chat = next(line for line in shown.splitlines() if "conversation 0: " in line)
+    before, trained = chat.split("<asst>")[0], chat.split("⟦")[1].split("⟧")[0]
+    assert "⟦" not in before and "<usr>" in before and trained.endswith("<eot>") and len(trained) > 10
     path = here / "data/cache/sft/primer/train_labels.bin"
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     for command in ("show", "verify"):
@@ -150,6 +162,53 @@ def test_show_and_verify(here: Path, capsys: pytest.CaptureFixture[str]) -> None
         captured = capsys.readouterr()
         assert "✗ sft/primer: " in captured.err and "train_labels.bin is damaged" in captured.err
         assert "✓ pretrain/primer" in captured.out
+
+
+def test_the_quickstart_and_the_program_make_the_same_primer_caches(
+    here: Path, tiny_tokenizer: SentencePieceTokenizer
+) -> None:
+    config = json.loads((here / "c.json").read_text())
+    config["data"]["primer"] = {"val_frac": 0.02}
+    (here / "c.json").write_text(json.dumps(config))
+    assert run("build", "primer") == 0
+    settings = validate_overrides(config)
+    for build, phase in ((build_pretrain, "pretrain"), (build_sft, "sft")):  # as the quickstart calls them
+        assert build(settings, tiny_tokenizer, "primer", root=here / "data/cache" / phase, seed=42)["reused"]
+    assert json.loads((here / "data/cache/sft/primer/meta.json").read_text())["val_frac"] == 0.02
+
+
+def test_the_budgets_of_a_stream(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(settings: Settings) -> Iterator[Document]:
+        return (Document(f"text {i} of a stream", "fineweb_edu") for i in range(10**9))
+
+    for name in ("fineweb_edu", "other"):
+        monkeypatch.setitem(SOURCES, name, Source(name, lambda *_: {"dataset_name": "made"}, stream=stream))
+    monkeypatch.setattr("niels_gpt.data.registry.PLANNED", (), raising=False)
+    flags = ["--fineweb-train-tokens", "3000", "--fineweb-val-tokens", "200"]
+    assert run("build", "fineweb_edu", "other", *flags, "--train-tokens", "900", "--val-tokens", "50") == 0
+    for name, train, val in (("fineweb_edu", 3000, 200), ("other", 900, 50)):
+        meta = json.loads((here / f"data/cache/pretrain/{name}/meta.json").read_text())
+        assert (meta["train_tokens"], meta["val_tokens"]) == (train, val)
+        assert (meta["train_tokens_target"], meta["val_tokens_target"], meta["streaming"]) == (train, val, True)
+
+
+def test_adding_a_file_says_what_was_reused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("build", "text") == 0
+    (here / "data/text/new.txt").write_text("a new one")
+    capsys.readouterr()
+    assert run("build", "text") == 0
+    assert "reused 20 documents, tokenized 1" in capsys.readouterr().out
+
+
+def test_ctrl_c_says_how_to_go_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("niels_gpt.cache.encode._batches", interrupt)
+    assert run("build", "text") == 130
+    assert "run the same command again to go on" in capsys.readouterr().err
 
 
 def test_wrong_usage_and_wrong_files_end_without_a_traceback(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from niels_gpt.cache.encode import Encoder
+from niels_gpt.cache import encode
 from niels_gpt.cache.format import open_pretrain
-from niels_gpt.cache.pretrain import build_pretrain, open_mix, shuffled, write_budgeted
-from niels_gpt.cache.writing import writing_pretrain
+from niels_gpt.cache.pretrain import build_pretrain, open_mix
+from niels_gpt.data.registry import SOURCES, Source
+from niels_gpt.data.types import Document
 from niels_gpt.settings import Settings, validate_overrides
 from niels_gpt.special_tokens import SPECIAL_TOKENS
 from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
@@ -237,29 +239,122 @@ def test_a_source_too_short_for_the_context_is_an_error(mixed: Path, tiny_tokeni
 # The published caches, to the bit
 
 
-def published_meta(meta: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in meta.items() if k not in ("files", "documents", "bytes", "document_separator")}
+OURS = ("files", "documents", "bytes", "document_separator", "source_fingerprint", "build_version")
 
 
 @needs_bundle
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("source", ["wikitext", "fineweb_edu"])
-def test_reference_caches_are_reproduced_to_the_bit(tmp_path: Path, source: str) -> None:
+def test_reference_caches_are_reproduced_to_the_bit(
+    tmp_path: Path, source: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = BUNDLE / "v2/cache/pretrain" / source
     wanted = json.loads((expected / "meta.json").read_text())
-    tokenizer = load_tokenizer(BUNDLE / "v2/tokenizer/spm.model")
-    texts = iter(json.loads((BUNDLE / "v2/corpus/toy_docs.json").read_text()))
-    if wanted["shuffle_buffer"]:
-        texts = shuffled(texts, wanted["shuffle_buffer"], wanted["seed"])
-    with writing_pretrain(
-        tmp_path / source, published_meta(wanted), vocab_size=512, separator=None, shard_bytes=wanted["shard_bytes"]
-    ) as writer:
-        budgets = {split: wanted[f"{split}_tokens_target"] for split in ("val", "train")}
-        write_budgeted(writer, texts, Encoder(tokenizer, separate=False), name=source, budgets=budgets)
-    assert published_meta(writer.meta) == wanted
-    written = sorted(path.relative_to(tmp_path / source) for path in (tmp_path / source).rglob("*.bin"))
+    texts = json.loads((BUNDLE / "v2/corpus/toy_docs.json").read_text())
+    about = {key: wanted[key] for key in ("dataset_name", "dataset_config", "split_rule")}
+    about |= {key: wanted[key] for key in wanted if key.startswith("dataset_revision")}
+    published = Source(
+        "made",
+        lambda settings, phase: {**about, "streaming": wanted["streaming"]},
+        stream=lambda settings: (Document(text, "made") for text in texts),
+        ends_documents=False,
+    )
+    monkeypatch.setitem(SOURCES, "made", published)
+    buffer = wanted["shuffle_buffer"] or 1  # of 1: the order of the source
+    settings = validate_overrides({"reproducibility": {"dataset_shuffle_buffer_size": buffer}})
+    meta = build_pretrain(
+        settings,
+        load_tokenizer(BUNDLE / "v2/tokenizer/spm.model"),
+        "made",
+        root=tmp_path,
+        seed=wanted["seed"],
+        shard_bytes=wanted["shard_bytes"],
+        train_tokens=wanted["train_tokens_target"],
+        val_tokens=wanted["val_tokens_target"],
+        workers=workers,
+    )
+    ours = {key: value for key, value in meta.items() if key not in OURS}
+    assert {**ours, "shuffle_buffer": wanted["shuffle_buffer"]} == wanted
+    written = sorted(path.relative_to(tmp_path / "made") for path in (tmp_path / "made").rglob("*.bin"))
     assert written == sorted(path.relative_to(expected) for path in expected.rglob("*.bin"))
     for name in written:
-        assert (tmp_path / source / name).read_bytes() == (expected / name).read_bytes()
+        assert (tmp_path / "made" / name).read_bytes() == (expected / name).read_bytes()
+
+
+# Streams and reuse
+
+
+def stream_source(texts: list[str], name: str = "made") -> Source:
+    about = {"dataset_name": name, "split_rule": None}
+    return Source(name, lambda *_: about, stream=lambda settings: (Document(text, name) for text in texts))
+
+
+def test_a_stream_fills_val_then_train_and_reads_no_further(
+    tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = 0
+
+    def stream(settings: Settings) -> Iterator[Document]:
+        nonlocal read
+        for read in range(1, 10**9):
+            yield Document(f"text {read} of an endless stream", "made")
+
+    monkeypatch.setitem(SOURCES, "made", Source("made", lambda *_: {}, stream=stream))
+    settings = validate_overrides({"reproducibility": {"dataset_shuffle_buffer_size": 50}})
+    meta = build_pretrain(settings, tiny_tokenizer, "made", root=tmp_path, train_tokens=30_000, val_tokens=1001)
+    assert (meta["train_tokens"], meta["val_tokens"]) == (30_000, 1001) and meta["streaming"]
+    assert meta["shuffle_buffer"] == 50 and read < 20_000
+    assert not list(tmp_path.rglob("*_documents.bin"))
+    again = build_pretrain(settings, tiny_tokenizer, "made", root=tmp_path, train_tokens=30_000, val_tokens=1001)
+    assert again["reused"]
+    with pytest.raises(ValueError, match="at least 1 token to train on"):
+        build_pretrain(settings, tiny_tokenizer, "made", root=tmp_path, train_tokens=0)
+
+
+def test_a_stream_that_ends_early_gives_what_it_has(
+    tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"text {i}" for i in range(100)]
+    monkeypatch.setitem(SOURCES, "made", stream_source(texts))
+    options = {"root": tmp_path, "val_tokens": 7}
+    meta = build_pretrain(Settings(), tiny_tokenizer, "made", **options)
+    total = sum(len(tiny_tokenizer.encode(text)) + 1 for text in texts)
+    assert (meta["val_tokens"], meta["train_tokens"]) == (7, total - 7)
+    assert sum(meta["bytes"].values()) <= sum(map(len, texts))
+    with pytest.raises(ValueError, match="no text to train on"):
+        build_pretrain(Settings(), tiny_tokenizer, "made", root=tmp_path / "x", val_tokens=10**6)
+
+
+def test_a_new_file_is_the_only_one_that_is_tokenized(
+    tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_notes(tmp_path / "roam")  # whose permutation moves every file when one is added
+    settings = settings_for(tmp_path)
+    build(settings, tiny_tokenizer, "roam", shard_bytes=1000)
+    (tmp_path / "roam" / "new.md").write_text("one more note")
+    (tmp_path / "roam" / "part 0" / "note 00.md").write_text("changed")
+    encoded: list[str] = []
+    real = encode.Encoder._submit
+    monkeypatch.setattr(
+        encode.Encoder, "_submit", lambda self, batch, n: encoded.extend(batch.texts) or real(self, batch, n)
+    )
+    meta = build(settings, tiny_tokenizer, "roam", shard_bytes=600)
+    assert sorted(encoded) == ["changed", "one more note"] and meta.pop("reused_documents") == 19
+    fresh = settings_for(tmp_path, caches={"pretrain_token_cache": str(tmp_path / "fresh")})
+    assert build(fresh, tiny_tokenizer, "roam", shard_bytes=600) == meta
+    for name in meta["files"]:
+        assert (tmp_path / "cache/pretrain/roam" / name).read_bytes() == (tmp_path / "fresh/roam" / name).read_bytes()
+
+
+def test_a_damaged_cache_is_not_reused(tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
+    write_notes(tmp_path / "text")
+    settings = settings_for(tmp_path)
+    build(settings, tiny_tokenizer, "text")
+    index = tmp_path / "cache/pretrain/text/train_documents.bin"
+    index.write_bytes(bytes([index.read_bytes()[0] ^ 1]) + index.read_bytes()[1:])
+    with pytest.raises(ValueError, match=r"train_documents\.bin is damaged"):
+        tokens(settings, tiny_tokenizer, "text", "train")
+    assert "reused_documents" not in build(settings, tiny_tokenizer, "text")
 
 
 @needs_bundle

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from niels_gpt.cache import pretrain, writing
+from niels_gpt.cache import writing
 from niels_gpt.cache.format import open_pretrain
 from niels_gpt.data.registry import SOURCES
 from niels_gpt.tokenizer import SentencePieceTokenizer
@@ -153,7 +153,7 @@ def test_an_error_in_the_source_leaves_the_old_cache_and_no_rest(
 ) -> None:
     build(tmp_path, model, "folder", 100)
     before = contents(tmp_path)
-    monkeypatch.setattr(pretrain.PretrainWriter, "commit", lambda self, **_: (_ for _ in ()).throw(ValueError("bad")))
+    monkeypatch.setattr(writing.PretrainWriter, "commit", lambda self, **_: (_ for _ in ()).throw(ValueError("bad")))
     with pytest.raises(ValueError, match="bad"):
         build(tmp_path, model, "folder")
     assert contents(tmp_path) == before

@@ -1,0 +1,102 @@
+"""The build as a datatrove pipeline: the same bytes as the plain build, from several tasks."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from niels_gpt.cache import cli, scale
+from niels_gpt.cache.pretrain import build_pretrain
+from niels_gpt.cache.scale import build_scaled
+from niels_gpt.data.registry import SOURCES, Source
+from niels_gpt.data.types import Document
+from niels_gpt.settings import Settings, validate_overrides
+from niels_gpt.tokenizer import SentencePieceTokenizer
+from tests.cache.test_pretrain import write_notes
+from tests.cache.test_resume import contents
+
+pytest.importorskip("datatrove", reason="the extra scale is not installed")
+
+
+def settings_for(tmp_path: Path) -> Settings:
+    text = {"root_dir": str(write_notes(tmp_path / "text", 200))}
+    return validate_overrides({"data": {"text": text, "caches": {"shard_bytes": 5000}}})
+
+
+def test_tasks_make_the_bytes_of_the_plain_build(tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
+    settings = settings_for(tmp_path)
+    plain = build_pretrain(settings, tiny_tokenizer, "text", root=tmp_path / "plain")
+    scaled = build_scaled(settings, tiny_tokenizer, "text", root=tmp_path / "scaled", executor="local", tasks=2)
+    assert scaled == plain
+    assert contents(tmp_path / "scaled") == contents(tmp_path / "plain")
+
+
+def inline(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """One process for all tasks, so that what is patched here holds in them."""
+    from datatrove.executor import LocalPipelineExecutor
+
+    real = LocalPipelineExecutor.__init__
+    monkeypatch.setattr(
+        LocalPipelineExecutor, "__init__", lambda self, *a, **options: real(self, *a, **{**options, "workers": 1})
+    )
+    monkeypatch.setattr(scale, "CHUNK_DOCUMENTS", chunk)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_many_chunks_and_a_killed_task(
+    tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    inline(monkeypatch, 7)
+    settings, name, budgets = settings_for(tmp_path), "text", {}
+    if stream:
+        name, budgets = "made", {"train_tokens": 3000, "val_tokens": 500}
+
+        def texts(settings: Settings) -> Iterator[Document]:
+            return (Document(f"text {i} " * (i % 9), name) for i in range(10**6))
+
+        monkeypatch.setitem(SOURCES, name, Source(name, lambda *_: {}, stream=texts))
+        settings = validate_overrides({"reproducibility": {"dataset_shuffle_buffer_size": 40}})
+    build_pretrain(settings, tiny_tokenizer, name, root=tmp_path / "plain", **budgets)
+    options: dict[str, Any] = {"root": tmp_path / "scaled", "executor": "local", "tasks": 3, **budgets}
+    real, made = scale._encode, 0
+
+    def stop(*args: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == 5:
+            raise KeyError("as if it were killed")
+        return real(*args)
+
+    monkeypatch.setattr(scale, "_encode", stop)
+    with pytest.raises(RuntimeError, match="a task failed: 'as if it were killed'; the logs are in"):
+        build_scaled(settings, tiny_tokenizer, name, **options)
+    build_scaled(settings, tiny_tokenizer, name, **options)
+    assert contents(tmp_path / "scaled") == contents(tmp_path / "plain")
+
+
+def test_the_command_and_its_errors(
+    tmp_path: Path,
+    tiny_tokenizer: SentencePieceTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    inline(monkeypatch, 50)
+    monkeypatch.chdir(tmp_path)
+    write_notes(tmp_path / "text", 30)
+    argv = ["build", "text", "--text-dir", "text", "--tokenizer", str(tiny_tokenizer.model_path), "--executor", "local"]
+    assert cli.main([*argv, "--tasks", "2"]) == 0
+    assert "✓ pretrain/text: " in capsys.readouterr().out
+    real = builtins.__import__
+
+    def without(name: str, *args: Any) -> Any:
+        if name.startswith("datatrove"):
+            raise ImportError(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert cli.main([*argv, "--seed", "3"]) == 1
+    assert 'needs datatrove; install it with: pip install "niels-gpt[scale]"' in capsys.readouterr().err
