@@ -167,7 +167,7 @@ class Loop:
         self.reporter.step(
             StepReport(
                 step=state.step,
-                total_steps=options.total_steps,
+                total_steps=None if options.minutes else options.total_steps,
                 progress=self.budget.progress(state.step),
                 lr=lr,
                 loss=result.loss,

@@ -26,7 +26,7 @@ class StepReport:
     """One step, as logged; `loss` is this step's, `mean_loss` the mean of the last 50 at most, both nats per token."""
 
     step: int
-    total_steps: int
+    total_steps: int | None  # None: the run ends by the clock
     progress: float  # 0..1
     lr: float
     loss: float
@@ -112,7 +112,8 @@ class Reporter:
             self.say(self._line(report))
 
     def _line(self, r: StepReport) -> str:
-        head = f"[{self.phase}] step {r.step}/{r.total_steps} | lr {r.lr:.6f} | train_loss {r.mean_loss:.4f}"
+        where = f"step {r.step} ({r.progress:.0%})" if r.total_steps is None else f"step {r.step}/{r.total_steps}"
+        head = f"[{self.phase}] {where} | lr {r.lr:.6f} | train_loss {r.mean_loss:.4f}"
         if not self._sft:
             return f"{head} | last_val {self._last_metric}"
         shown = {name: f"{self._last_evals[name]:.4f}" if name in self._last_evals else "n/a" for name in SFT_EVALS}
