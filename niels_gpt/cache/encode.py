@@ -32,7 +32,7 @@ BATCH_CHARS = 400_000  # text of a block
 BATCH_DOCUMENTS = 4096
 PIECE_CHARS = 200_000  # longest text encoded at once word by word
 WHOLE_CHARS = 1_000_000  # the same where texts are encoded whole; SentencePiece takes some 50 bytes a character
-INLINE_BATCHES = 12  # before worker processes are started
+INLINE_BATCHES = 4  # before worker processes are started
 BYTE_SEPARATOR = "\n\n"  # ends a document where the tokenizer has no end id
 
 Encoded = tuple[np.ndarray, np.ndarray]  # ids of several texts in a row (uint16), how many each has (int64)

@@ -25,7 +25,7 @@ import numpy as np
 import sentencepiece
 
 BLANK = "\u2581"  # how pieces write a blank
-MEMORY_TOKENS = 1_000_000  # ids of known words that are kept, some 40 MB with the words
+MEMORY_TOKENS = 2_000_000  # ids of known words that are kept, some 80 MB with the words
 _TOGETHER = 256  # new words encoded as one text
 _PROBE = "ﬁ ½ ① ﾊﾝｶｸ \u3000 e\u0301 A\u030a \u200b\u00ad \r\n\t  x  "  # what normalisers change
 _SURROGATE = re.compile("[\ud800-\udfff]")
