@@ -111,16 +111,16 @@ class Encoder:
             # Models that drop blanks at the start of a text would drop those at a cut: there, "." goes before the part.
             lead = len(self._tokenizer.encode(".")) if self._tokenizer.drops_leading_blanks else 0
             inner = [lead > 0 and i > 0 and not ends[i - 1] for i in range(len(parts))]
-            lists = self._tokenizer.encode_batch(
-                [f".{part}" if cut else part for part, cut in zip(parts, inner, strict=True)]
-            )
-            encoded = [np.array(ids[lead * cut :], dtype=np.int64) for ids, cut in zip(lists, inner, strict=True)]
+            encoded = []
+            for a, b in words.groups(parts):
+                led = [f".{part}" if cut else part for part, cut in zip(parts[a:b], inner[a:b], strict=True)]
+                lists = self._tokenizer.encode_batch(led)
+                encoded += [np.array(ids[lead * cut :], np.uint16) for ids, cut in zip(lists, inner[a:b], strict=True)]
         if self._separator is not None:
-            end = np.array([self._separator])
+            end = np.array([self._separator], dtype=np.uint16)
             encoded = [np.append(ids, end) if ends[i] else ids for i, ids in enumerate(encoded)]
         counts = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        ids = np.concatenate([np.empty(0, np.int64), *encoded])
-        return ids.astype(np.uint16), counts
+        return np.concatenate([np.empty(0, np.uint16), *encoded]), counts
 
     def _block(self, batch: _Batch, encoded: Future[Encoded]) -> Block:
         ids, counts = encoded.result()

@@ -16,7 +16,7 @@ import pickle
 import re
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import BinaryIO
@@ -26,6 +26,7 @@ import sentencepiece
 
 BLANK = "\u2581"  # how pieces write a blank
 MEMORY_TOKENS = 2_000_000  # ids of known words that are kept, some 80 MB with the words
+GROUP_CHARS = 1_000_000
 _TOGETHER = 256  # new words encoded as one text
 _PROBE = "ﬁ ½ ① ﾊﾝｶｸ \u3000 e\u0301 A\u030a \u200b\u00ad \r\n\t  x  "  # what normalisers change
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -113,6 +114,11 @@ class WordEncoder:
 
     def encode(self, texts: Sequence[str], ends: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all texts in a row, uint16; how many each has, int64); after a text that `ends`, the separator."""
+        done = [self._encode(texts[a:b], ends[a:b]) for a, b in groups(texts)]
+        ids = np.concatenate([np.empty(0, np.uint16), *(ids for ids, _ in done)])
+        return ids, np.concatenate([np.empty(0, np.int64), *(counts for _, counts in done)])
+
+    def _encode(self, texts: Sequence[str], ends: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
         words = [_words(text) for text in texts]
         n_words = np.fromiter(map(len, words), np.int64, len(words))
         numbers = np.fromiter(map(self._known.__getitem__, chain.from_iterable(words)), np.int64, int(n_words.sum()))
@@ -164,6 +170,18 @@ class WordEncoder:
     def _around_blanks(self, word: str) -> np.ndarray:
         head, *rest = self._sp.encode(word.split(BLANK), return_type="numpy")
         return np.concatenate([head, *chain.from_iterable((self._blank_ids, ids) for ids in rest)]).astype(np.uint16)
+
+
+def groups(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of runs of texts that are encoded at once: the parts of a long document take their turn."""
+    start = chars = 0
+    for i, text in enumerate(texts):
+        if i > start and chars + len(text) > GROUP_CHARS:
+            yield start, i
+            start, chars = i, 0
+        chars += len(text)
+    if start < len(texts):
+        yield start, len(texts)
 
 
 def work(requests: BinaryIO, replies: BinaryIO) -> None:

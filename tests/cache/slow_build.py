@@ -25,9 +25,8 @@ def texts(n: int, seed: int) -> Iterator[str]:
     draw = random.Random(seed)
     for i in range(n):
         kind = ("word", "other naïve words", "x" * 40, "\n\n- item", "12 345")[i % 5]
-        yield f"document {i} of {n} in {seed}: " + " ".join(
-            f"{kind} {draw.randrange(50)}" for _ in range(draw.randrange(60))
-        )
+        words = " ".join(f"{kind} {draw.randrange(50)}" for _ in range(draw.randrange(60)))
+        yield f"document {i} of {n} in {seed}: {words}"
 
 
 def sources(n: int) -> dict[str, Source]:

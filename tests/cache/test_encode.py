@@ -81,6 +81,7 @@ def test_long_texts_are_cut_before_blanks_without_a_change(
     tiny_tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "PIECE_CHARS", 300)
+    monkeypatch.setattr(words, "GROUP_CHARS", 1000)
     text = PRIMER.read_text(encoding="utf-8")[:20_000]
     assert documents(tiny_tokenizer, [text, "short", text]) == [
         [*tiny_tokenizer.encode(t), 6] for t in (text, "short", text)
@@ -115,6 +116,7 @@ def test_published_tokenizers_keep_their_blanks_where_a_long_text_is_cut(monkeyp
     tokenizer = load_tokenizer(BUNDLE / "v2/tokenizer/spm.model")
     assert tokenizer.drops_leading_blanks
     monkeypatch.setattr(encode, "WHOLE_CHARS", 200)
+    monkeypatch.setattr(words, "GROUP_CHARS", 500)
     text = " ".join(PRIMER.read_text(encoding="utf-8").split())[:5000]
     assert documents(tokenizer, [text, text], separate=False) == [tokenizer.encode(text)] * 2
 
