@@ -16,7 +16,7 @@ class Job:
 
     phase: str
     resolved: ResolvedSettings
-    next_batch: Callable[[int, int], Batch]  # (step, global microbatch of the step) -> batch; no hidden state
+    batch: Callable[[int, int], Batch]  # (first, n) -> rows first .. first + n - 1 of the run; no hidden state
     evals: Mapping[str, Callable[[], Iterable[Batch]]]  # name, such as "wikitext" -> the same batches every time
     metric: Callable[[Mapping[str, EvalResult]], float]  # what best.pt minimises
     tokenizer_model: bytes | None = None  # goes into every checkpoint, so that one file can chat

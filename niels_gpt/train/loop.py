@@ -27,6 +27,7 @@ from niels_gpt.optim import build_optimizer, set_learning_rate
 from niels_gpt.rng import seed_for
 from niels_gpt.train.budget import Budget
 from niels_gpt.train.job import Job
+from niels_gpt.train.microbatches import Microbatches
 from niels_gpt.train.report import Reporter, StepReport
 from niels_gpt.train.signals import StopRequest, catching_signals
 
@@ -94,6 +95,7 @@ class Loop:
         spent = self._restore(loaded) if loaded is not None and resume is not None else 0.0
         self.budget = Budget(self.options, spent_seconds=spent)
         self.forward = torch.compile(self.model) if self.options.compile else self.model
+        self.microbatches = Microbatches(self.options.micro_B, self.options.accum_steps)
         self.recent: deque[float] = deque(maxlen=LOSS_WINDOW)
         self.last_evals: dict[str, EvalResult] = {}
         self._saved_step = self.state.step if resume is not None else -1
@@ -173,7 +175,7 @@ class Loop:
                 loss=result.loss,
                 mean_loss=sum(self.recent) / len(self.recent) if self.recent else math.nan,
                 grad_norm=result.grad_norm,
-                tokens=options.micro_B * options.accum_steps * self.job.resolved.model_cfg.T,
+                tokens=self.microbatches.rows * self.job.resolved.model_cfg.T,
                 tokens_seen=state.tokens_seen,
                 seconds=time.perf_counter() - began,
                 remaining=self.budget.remaining_seconds(state.step, time.perf_counter() - began),
@@ -199,12 +201,13 @@ class Loop:
     def train_step(self, step: int) -> StepResult:
         """Forward and backward over the step's microbatches, clip, update. A non-finite step leaves no trace."""
         options = self.options
-        batches = [self._checked(self.job.next_batch(step, m)) for m in range(options.accum_steps)]
-        valid = sum(int((batch.y != IGNORED).sum()) for batch in batches)
+        cut = self.microbatches
+        batches = [(m, self._checked(self.job.batch(first, cut.size))) for m, first in cut.of_step(step)]
+        valid = sum(int((batch.y != IGNORED).sum()) for _, batch in batches)
         if not valid:
             raise ValueError(f"step {step}: no batch holds a token to learn from; check the data of this phase")
         nats = 0.0
-        for microbatch, batch in enumerate(batches):
+        for microbatch, batch in batches:
             torch.manual_seed(seed_for(options.seed, "dropout", step, microbatch))
             batch = batch.to(self.device)
             with self.precision.autocast():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from niels_gpt.batching import Batch, TokenStream, get_batch
-from niels_gpt.epochs import MixedRows
+from niels_gpt.epochs import TextRows
 from niels_gpt.mixes import open_mixes, text_hashes
 from niels_gpt.rng import generator_for
 from niels_gpt.train.job import Job
@@ -60,15 +60,10 @@ def pretrain_job(start: Start) -> Job:
     (streams, mix), (val_streams, _) = text["train"], text["val"]
     on_caches = start.tokenizer.kind != "byte"
 
-    rows = MixedRows(streams, mix, T, options.seed)
-
-    def next_batch(step: int, microbatch: int) -> Batch:
-        return rows.batch((step * options.accum_steps + microbatch) * options.micro_B, options.micro_B)
-
     return Job(
         phase=PHASE,
         resolved=start.resolved,
-        next_batch=next_batch,
+        batch=TextRows(streams, mix, T, options.seed).batch,
         evals={name: stream_eval(stream, start, T) for name, stream in val_streams.items()},
         metric=lambda evals: weighted_metric(
             options, {"pretrain_val_loss": evals.get(settings.data.val_pretrain_source)}
