@@ -218,8 +218,7 @@ class Loop:
             is_best = self.evaluate()
         if self.stop:
             self._leave(is_best)
-        unmarked = (self.saver.finished_seconds or 0.0) < (self.budget.seconds or 0.0)
-        if self.saver.saved_step != self.state.step or is_best or unmarked:
+        if self.saver.saved_step != self.state.step or is_best or not self.saver.is_finished:
             self._save(is_best, finished=True)
         self.reporter.finish(self.state.step, self.budget.elapsed)
 

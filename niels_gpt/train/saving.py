@@ -43,7 +43,8 @@ class Saver:
         self.options = job.options
         self.saved_step = -1
         self.origin: Origin | None = None
-        self.finished_seconds: float | None = None  # the time budget that the newest checkpoint has completed
+        self.is_finished = False  # what the newest checkpoint says
+        self.finished_seconds: float | None = None  # the time budget that it has completed
 
     def restore(self, loaded: ckpt.Checkpoint, *, quiet: bool = False) -> tuple[RunState, float]:
         """Load optimizer and scaler; returns the counters and the seconds already spent."""
@@ -65,7 +66,8 @@ class Saver:
         state = RunState(**{"good_step": step, "evaluated_step": step, **known, "step": step, "best_val_loss": best})
         if not has_best:
             state.best_val_loss = state.best_step = None
-        self.saved_step, self.finished_seconds = step, resume.get("finished_s")
+        self.saved_step = step
+        self.is_finished, self.finished_seconds = resume.get("is_finished", False), resume.get("finished_s")
         return state, float(resume.get("elapsed_s", 0.0))
 
     def rollback_point(self, state: RunState) -> tuple[Path | None, bool]:
@@ -149,7 +151,7 @@ class Saver:
             reason = error.strerror or error
             self.reporter.warn(f"step {state.step}: not saved: {reason}; trying again at the next save")
             return False
-        self.saved_step, self.finished_seconds = state.step, budget.seconds if finished else None
+        self.saved_step, self.is_finished = state.step, finished
         budget.note_save(time.perf_counter() - began)
         return True
 
@@ -163,6 +165,7 @@ class Saver:
             "total_steps": self.options.total_steps,
             "elapsed_s": budget.elapsed,
             "origin": None if self.origin is None else asdict(self.origin),
+            "is_finished": finished,
             "finished_s": budget.seconds if finished else None,
             "batch": self._batch(),
             "microbatch": stepper.microbatches.size,

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from niels_gpt.train.state import Interrupted
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -71,3 +73,21 @@ def catching_signals() -> Iterator[StopRequest]:
         waking.close()
         with contextlib.suppress(OSError):
             woken.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def leaving_on_signals() -> Iterator[None]:
+    """Within the block a signal raises Interrupted: for all that has nothing to save, such as opening caches."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by signal {signum} while not training; nothing was lost", 128 + signum)
+
+    previous = {s: signal.signal(s, leave) for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
