@@ -159,8 +159,9 @@ class Loop:
         began = time.perf_counter()
         lr = self.budget.learning_rate(state.step)
         set_learning_rate(self.optimizer, lr, options)
-        result = self.train_step(state.step)
-        synchronize(self.device)
+        with self.reporter.clock("step"):
+            result = self.train_step(state.step)
+            synchronize(self.device)
         state.step += 1
         state.tokens_seen += result.tokens
         self._note_skips(result)
@@ -182,7 +183,8 @@ class Loop:
                 memory=memory_in_use(self.device) if state.step % options.log_every == 0 else 0,
             )
         )
-        is_best = state.step % options.eval_every == 0 and self.evaluate()
+        with self.reporter.clock("evaluation"):
+            is_best = state.step % options.eval_every == 0 and self.evaluate()
         if is_best or state.step % options.ckpt_every == 0:
             self._save(is_best, final=False)
 
@@ -202,7 +204,8 @@ class Loop:
         """Forward and backward over the step's microbatches, clip, update. A non-finite step leaves no trace."""
         options = self.options
         cut = self.microbatches
-        batches = [(m, self._checked(self.job.batch(first, cut.size))) for m, first in cut.of_step(step)]
+        with self.reporter.clock("data"):
+            batches = [(m, self._checked(self.job.batch(first, cut.size))) for m, first in cut.of_step(step)]
         valid = sum(int((batch.y != IGNORED).sum()) for _, batch in batches)
         if not valid:
             raise ValueError(f"step {step}: no batch holds a token to learn from; check the data of this phase")
@@ -241,21 +244,29 @@ class Loop:
         """Measure every validation source; True if the metric improved (never on a non-finite one)."""
         began = time.perf_counter()
         self.last_evals = {
-            name: evaluate(self.model, batches(), device=self.device, precision=self.precision)
+            name: evaluate(
+                self.model,
+                batches(),
+                device=self.device,
+                precision=self.precision,
+                byte_lengths=self.job.byte_lengths,
+            )
             for name, batches in self.job.evals.items()
         }
+        sample = self.job.sample(self.model) if self.job.sample is not None else None
         metric = self.job.metric(self.last_evals) if self.last_evals else math.nan
         best = self.state.best_val_loss
         improved = math.isfinite(metric) and (best is None or metric < best)
         if improved:
             self.state.best_val_loss, self.state.best_step = metric, self.state.step
-        self.reporter.evaluated(self.state.step, self.last_evals, metric, improved)
+        self.reporter.evaluated(self.state.step, self.last_evals, metric, improved, sample)
         self.budget.reserve = max(self.budget.reserve, 1.2 * (time.perf_counter() - began))
         return improved and self.options.save_best
 
     def _finish(self) -> None:
         """Last evaluation and save, unless the last step just did both."""
-        is_best = self.evaluate() if self.state.step % self.options.eval_every else False
+        with self.reporter.clock("evaluation"):
+            is_best = self.evaluate() if self.state.step % self.options.eval_every else False
         if self._saved_step != self.state.step or is_best:
             self._save(is_best, final=True)
         self.reporter.finish(self.state.step, self.budget.elapsed)
@@ -271,6 +282,10 @@ class Loop:
 
     def _save(self, is_best: bool, *, final: bool) -> None:
         """One durable step file, then its copies. A full disk is an error at the end and a warning on the way."""
+        with self.reporter.saving(self.state.step):
+            self._write(is_best, final=final)
+
+    def _write(self, is_best: bool, *, final: bool) -> None:
         job, state = self.job, self.state
         try:
             ckpt.save_checkpoint(
