@@ -69,7 +69,7 @@ def measure(steps: int) -> dict[str, list[float]]:
 
     rows = {"clock, three phases": microseconds(phases, steps)}
     reporter = Reporter("pretrain", "bench", quiet=True)
-    reporter.metrics.resume("pretrain", 0)
+    reporter.metrics.reopen("pretrain", 0)
     rows["metrics.jsonl and chart"] = microseconds(lambda step: reporter.step(reports[step]), steps)
     reporter.close()
     board = open_board(reporter.folder / "tensorboard", 0, say=print, warn=print)

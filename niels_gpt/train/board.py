@@ -28,9 +28,13 @@ class Board:
         self._folder, self._warn = folder, warn
         resumed = folder.is_dir() and any(folder.iterdir())
         self._writer: EventFileWriter | None = EventFileWriter(str(folder), QUEUE, FLUSH_SECONDS)
-        if resumed:  # what SummaryWriter(purge_step=) writes
-            log = SessionLog(status=SessionLog.START)
-            self._add(Event(step=after_step + 1, wall_time=time.time(), session_log=log))
+        self._restart = SessionLog(status=SessionLog.START)
+        if resumed:
+            self.forget_after(after_step)
+
+    def forget_after(self, step: int) -> None:
+        """Later steps will be written again; readers drop what they had of them (`purge_step` of other writers)."""
+        self._add(self._Event(step=step + 1, wall_time=time.time(), session_log=self._restart))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """tag -> value, all of one step."""

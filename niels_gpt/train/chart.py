@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,16 @@ class Chart:
 
     def __init__(self, path: Path, title: str) -> None:
         self._path, self._title = path, title
+        self._written = -math.inf
+        self.replace(())
+
+    def replace(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Begin anew, with these entries."""
         self._loss, self._rate = Curve(), Curve()
         self._bits: dict[str, Curve] = {}
         self._last: dict[str, Any] = {}
-        self._written = -math.inf
+        for entry in entries:
+            self.add(entry)
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """A `step` or `eval` entry."""

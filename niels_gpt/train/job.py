@@ -27,6 +27,8 @@ class Job:
     data: Mapping[str, object] = field(default_factory=dict)  # fingerprint of what is learnt from
     byte_lengths: np.ndarray | None = None  # UTF-8 bytes of each id, for bits per byte
     sample: Callable[[GPT], Sample | None] | None = None  # a text of the model as it is now
+    began: float | None = None  # `time.perf_counter()` when the phase began, before caches were opened
+    deadline: float | None = None  # `time.time()` at which it must be over
 
     @property
     def options(self) -> PhaseSettings:

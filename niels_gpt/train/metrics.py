@@ -26,8 +26,9 @@ class MetricsFile:
         self._waiting: list[str] = []
         self._failed = False
 
-    def resume(self, phase: str, step: int) -> list[dict[str, Any]]:
-        """Open, and drop what a resumed run does again: entries of its phase after `step`. Returns the phase's rest."""
+    def reopen(self, phase: str, step: int) -> list[dict[str, Any]]:
+        """Open, without what will be done again: entries of the phase after `step`. Returns the phase's rest."""
+        self.close()
         kept = [entry for entry in read_metrics(self.path) if entry["phase"] != phase or entry["step"] <= step]
         write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from niels_gpt.train.loop import Loop
 
 RATE_WINDOW = 50  # steps that the shown rate is a mean of
+BOARD_POINTS = 10  # of a curve in TensorBoard between two log lines: each costs 0.1 ms of its thread
 SFT_EVALS = ("pretrain", "sft")
 
 
@@ -96,7 +97,7 @@ class Reporter:
         self._last_evals: dict[str, float] = {}
         self._last_bits = math.nan
         self._main_source = ""  # whose bits per byte are shown
-        self._log_every = 1
+        self._log_every = self._board_every = 1
         self._sft = phase == "sft"
 
     def say(self, line: str) -> None:
@@ -109,7 +110,7 @@ class Reporter:
     def start(self, loop: Loop) -> None:
         """The line that says what runs, the peak that MFU refers to, and the bar when this is a terminal."""
         options, precision = loop.options, loop.precision
-        self._log_every = options.log_every
+        self._log_every, self._board_every = options.log_every, max(1, options.log_every // BOARD_POINTS)
         self._main_source = "sft" if self._sft else loop.job.resolved.settings.data.val_pretrain_source
         effective = options.micro_B * options.accum_steps
         self.say(
@@ -129,15 +130,20 @@ class Reporter:
 
     def _open(self, loop: Loop) -> None:
         step = loop.state.step
-        earlier = self.metrics.resume(self.phase, step)
-        for entry in earlier:
-            self.chart.add(entry)
-        times = [entry["seconds"] for entry in earlier if entry["kind"] == "time"]
+        times = [entry["seconds"] for entry in self.forget_after(step) if entry["kind"] == "time"]
         self.clock.carry(times[-1] if times else {})
         if loop.options.tensorboard:
             self._board = open_board(self.folder / "tensorboard", step, say=self.say, warn=self.warn)
         if self.console.is_terminal:
             self._bar = Bar(self.phase, self.console)
+
+    def forget_after(self, step: int) -> list[dict[str, Any]]:
+        """Drop what is on record of steps that will be taken again; returns what stays of this phase."""
+        earlier = self.metrics.reopen(self.phase, step)
+        self.chart.replace(earlier)
+        if self._board is not None:
+            self._board.forget_after(step)
+        return earlier
 
     def step(self, report: StepReport) -> None:
         with self.clock("logging"):
@@ -151,7 +157,7 @@ class Reporter:
         self._rate.add(report.tokens, report.seconds)
         self._memory = report.memory or self._memory
         logs = report.step % self._log_every == 0
-        if self._board is not None:
+        if self._board is not None and report.step % self._board_every == 0:
             self._board.scalars(report.step, self._scalars(report, mfu))
         if self._bar is not None and (logs or self._bar.is_due()):
             self._bar.show(report.progress, self._pace(report))

@@ -14,6 +14,7 @@ from niels_gpt.model.gpt import GPT
 from niels_gpt.rng import generator_for
 from niels_gpt.settings import Settings
 from niels_gpt.tokenizer import Tokenizer
+from niels_gpt.train.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,10 @@ def sampler_for(phase: str, settings: Settings, tokenizer: Tokenizer) -> Callabl
                 tokenizer=tokenizer,
             )
             return Sample(prompt, "".join(step.text for step in steps))
-        except ValueError as error:  # a model that diverged is for the evaluation to report
-            return Sample(prompt, f"({error})")
+        except (ValueError, RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            return Sample(prompt, f"({error})")  # a model that diverged, or no memory: nothing to end a run for
 
     return sample
 
