@@ -37,7 +37,13 @@ class Evaluation:
             failure: Exception | None = None
             try:
                 cut = self._cut(batches(), stop)
-                return evaluate(self.model, cut, device=self.device, precision=self.precision)
+                return evaluate(
+                    self.model,
+                    cut,
+                    device=self.device,
+                    precision=self.precision,
+                    byte_lengths=self.job.byte_lengths,
+                )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

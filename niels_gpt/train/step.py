@@ -20,6 +20,7 @@ from niels_gpt.model.gpt import GPT
 from niels_gpt.model.loss import IGNORED
 from niels_gpt.optim import build_optimizer
 from niels_gpt.rng import seed_for
+from niels_gpt.train.clock import PhaseClock
 from niels_gpt.train.job import Job
 from niels_gpt.train.memory import advice, free_memory, is_out_of_memory
 from niels_gpt.train.microbatches import Microbatches
@@ -32,10 +33,18 @@ class Stepper:
     """A model on its device with its optimizer, ready to take steps of a job."""
 
     def __init__(
-        self, job: Job, model: GPT, *, device: str, precision: Precision, warn: Callable[[str], None] = print
+        self,
+        job: Job,
+        model: GPT,
+        *,
+        device: str,
+        precision: Precision,
+        warn: Callable[[str], None] = print,
+        clock: PhaseClock | None = None,
     ) -> None:
+        """clock: told what time goes into getting batches."""
         self.job, self.model, self.device, self.precision, self.warn = job, model, device, precision, warn
-        self.options = job.options
+        self.options, self.clock = job.options, clock or PhaseClock()
         self.scaler = torch.amp.GradScaler(device) if precision.needs_scaler else None
         ns_dtype = torch.bfloat16 if precision.dtype is torch.bfloat16 else torch.float32
         self.optimizer = build_optimizer(model, self.options, ns_dtype=ns_dtype)
@@ -56,7 +65,8 @@ class Stepper:
     def step(self, step: int) -> StepResult:
         """Take step number `step`, counted from 0. A step that is not finite leaves no trace."""
         while True:
-            batches = self._batches(step)
+            with self.clock("data"):
+                batches = self._batches(step)
             valid = sum(int((batch.y != IGNORED).sum()) for _, batch in batches)
             if not valid:
                 raise ValueError(f"step {step}: no batch holds a token to learn from; check the data of this phase")
