@@ -14,9 +14,8 @@ from niels_gpt.checkpoint import LoadedModel
 from niels_gpt.config import Architecture, ModelConfig
 from niels_gpt.export import hf_tokenizer, names
 from niels_gpt.export.needs import needed
-from niels_gpt.export.spm import read_spm
+from niels_gpt.export.spm import SENTINEL_ID, read_spm
 from niels_gpt.export.templates import MARK, text_template, token_template
-from niels_gpt.export.spm import SENTINEL_ID
 from niels_gpt.model.blocks import NORM_EPS
 from niels_gpt.special_tokens import EOT_TOKEN
 from niels_gpt.tokenizer import SentencePieceTokenizer, Tokenizer
@@ -35,7 +34,8 @@ def write_hf(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     config = hf_config(cfg, arch, dtype)
     tokenizer_json, tokenizer_config, template = tokenizer_parts(loaded.tokenizer, cfg.T)
     weights = rounded(names.to_hf(loaded.model.state_dict(), cfg, arch), DTYPES[dtype])
-    needed("safetensors.torch").save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    content = needed("safetensors.torch").save(weights, metadata={"format": "pt"})
+    files.write_bytes(folder / "model.safetensors", content)
     files.write_json(folder / "config.json", config)
     files.write_json(folder / "generation_config.json", generation_config(loaded))
     files.write_text(folder / "tokenizer.json", tokenizer_json)
@@ -138,9 +138,9 @@ pipeline_tag: text-generation
 
 # A model made with niels-gpt
 
-{parameters:,} parameters, context {context}, `{model}`, {dtype}. Exported from `{source}` (step {step}) and compared with
-the original before it got its name: logits within 1e-4 in float32, token ids on {strings:,} strings, the chat template
-on {conversations} conversations.
+{parameters:,} parameters, context {context}, `{model}`, {dtype}. Exported from `{source}` (step {step}) and compared
+with the original before it got its name: logits within 1e-4 in float32, token ids on {strings:,} strings, the chat
+template on {conversations} conversations.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -158,8 +158,8 @@ print(tokenizer.decode(model.generate(**ids)[0, ids["input_ids"].shape[1] :], sk
 """
 
 _TOKEN_NOTES = """\
-- Through the chat template no text becomes a control token, whatever a user types. Text given to the tokenizer itself is
-  another matter: the tokenizer.json format cannot store that control tokens in it are to be read as text, so
+- Through the chat template no text becomes a control token, whatever a user types. Text given to the tokenizer itself
+  is another matter: the tokenizer.json format cannot store that control tokens in it are to be read as text, so
   `tokenizer(text)` turns a typed `{eot}` into its id. For text that you did not write, call
   `tokenizer(text, split_special_tokens=True)`.
 - No token is added at the beginning of a text, as in training.

@@ -15,7 +15,8 @@ from niels_gpt.export.templates import MARK
 from niels_gpt.spm_training import BLANK
 
 _UNLIKELY = -1e6  # score of pieces that no text may become: bytes and specials of a unigram model
-_BLANKS = "[\t\n\f\r\u00a0\u061c\u1680\u2000-\u200c\u200e\u200f\u2028\u2029\u202f\u205f\u2581\u3000\ufeff\ufffd]"  # to nmt_nfkc
+# What nmt_nfkc takes for a blank.
+_BLANKS = "[\t\n\f\r\u00a0\u061c\u1680\u2000-\u200c\u200e\u200f\u2028\u2029\u202f\u205f\u2581\u3000\ufeff\ufffd]"
 _LIKE_A_SPECIAL = rf"\|ngpt_[a-z_]+_{SENTINEL_ID}\|>"
 
 

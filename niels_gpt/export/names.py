@@ -28,8 +28,8 @@ def architecture_for(arch: Architecture) -> str:
             return QWEN3
     raise ValueError(
         f"no plain architecture computes {arch.norm_type} with a {arch.mlp_type} MLP, mlp_bias={arch.mlp_bias} and"
-        f" qk_norm={arch.qk_norm}: exports know rmsnorm+swiglu with either qk_norm (Qwen3) or mlp_bias or neither (Llama),"
-        " and layernorm+gelu (GPT-NeoX)"
+        f" qk_norm={arch.qk_norm}: exports know rmsnorm+swiglu with qk_norm (Qwen3), with mlp_bias or neither"
+        " (Llama), and layernorm+gelu (GPT-NeoX)"
     )
 
 
@@ -111,7 +111,13 @@ def _to_neox(state: Mapping[str, Tensor], cfg: ModelConfig, arch: Architecture) 
 
 
 def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig, arch: Architecture) -> State:
-    """The inverse of `to_hf` for Qwen3 and Llama: our state dict, the head tied. KeyError if a tensor is missing."""
+    """The inverse of `to_hf`: our state dict, the head tied. KeyError if a tensor is missing."""
+    found = _from_neox(state, cfg, arch) if architecture_for(arch) == NEOX else _from_swiglu(state, cfg, arch)
+    found["lm_head.weight"] = found["tok_emb.weight"]
+    return found
+
+
+def _from_swiglu(state: Mapping[str, Tensor], cfg: ModelConfig, arch: Architecture) -> State:
     found = {ours: state[theirs] for theirs, ours in _SWIGLU_WHOLE.items()}
     for i in range(cfg.L):
         here, there = f"blocks.{i}.", f"model.layers.{i}."
@@ -121,5 +127,18 @@ def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig, arch: Architecture) -
         found[here + "attn.qkv.weight"] = torch.cat([pairs(q, cfg.H), pairs(k, cfg.H), v])
         if arch.qk_norm:
             found |= {here + ours: pairs(state[there + theirs], 1) for theirs, ours in _QK_NORMS.items()}
-    found["lm_head.weight"] = found["tok_emb.weight"]
+    return found
+
+
+def _from_neox(state: Mapping[str, Tensor], cfg: ModelConfig, arch: Architecture) -> State:
+    found = {ours: state[theirs] for theirs, ours in _NEOX_WHOLE.items()}
+    for i in range(cfg.L):
+        here, there = f"blocks.{i}.", f"gpt_neox.layers.{i}."
+        found |= {here + ours: state[there + theirs] for theirs, ours in _NEOX_BLOCK.items()}
+        if arch.mlp_bias:
+            found[here + "mlp.fc1.bias"] = state[there + "mlp.dense_h_to_4h.bias"]
+            found[here + "mlp.fc2.bias"] = state[there + "mlp.dense_4h_to_h.bias"]
+        fused = state[there + "attention.query_key_value.weight"].unflatten(0, (cfg.H, 3, -1))
+        q, k, v = (part.flatten(0, 1) for part in fused.unbind(1))
+        found[here + "attn.qkv.weight"] = torch.cat([pairs(q, cfg.H), pairs(k, cfg.H), v])
     return found

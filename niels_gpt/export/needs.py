@@ -12,7 +12,7 @@ _PACKAGES = {
     "safetensors.torch": "safetensors",
     "transformers": "transformers",
     "gguf": "gguf",
-    "jinja2": "jinja2",
+    "jinja2.sandbox": "jinja2",
 }
 
 

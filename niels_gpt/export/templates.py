@@ -55,11 +55,10 @@ def text_template() -> str:
 def ollama_token_template() -> str:
     """Go template of Ollama for models with sentinels."""
     branches = "".join(
-        f'{{{{- {"else " if n else ""}if eq .Role "{role}" }}}}{token}' for n, (role, token) in enumerate(_ROLE_TOKENS.items())
+        f'{{{{- {"else " if n else ""}if eq .Role "{role}" }}}}{token}'
+        for n, (role, token) in enumerate(_ROLE_TOKENS.items())
     )
-    return (
-        f"{{{{- range .Messages }}}}{branches}{{{{- end }}}}{{{{ .Content }}}}{EOT_TOKEN}{{{{- end }}}}{ASST_TOKEN}"
-    )
+    return f"{{{{- range .Messages }}}}{branches}{{{{- end }}}}{{{{ .Content }}}}{EOT_TOKEN}{{{{- end }}}}{ASST_TOKEN}"
 
 
 def ollama_text_template() -> str:

@@ -114,7 +114,9 @@ def same_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 def _first_difference(found: Sequence[int], expected: Sequence[int]) -> str:
-    at = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+    at = next(
+        (n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
+    )
     return f"{list(found[at : at + 8])} from its token {at} on, where it should be {list(expected[at : at + 8])}"
 
 
