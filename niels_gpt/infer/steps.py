@@ -84,9 +84,17 @@ class Memory:
     def context(self) -> int:
         return self.engine.cache.T_max
 
+    def begin(self, ids: list[int]) -> None:
+        """A new stream: keep what ids share with what is stored, all but the last of them."""
+        most = min(len(self._ids), len(ids) - 1)
+        if self._ids[:most] != ids[:most]:
+            most = next(i for i in range(most) if self._ids[i] != ids[i])
+        self._ids = self._ids[:most]
+        self.engine.refresh()
+
     def outlook(self, ids: list[int], watch: Watch | None) -> Outlook:
-        """After ids (at most `context`), feeding what is not stored yet; the last one always."""
-        known = self._shared(ids)
+        """After ids (at most `context`), feeding what follows what is stored; all of them after a roll."""
+        known = len(self._ids) if len(self._ids) < len(ids) and self._ids == ids[: len(self._ids)] else 0
         fresh = ids[known:]
         self._ids = ids[:known]  # if the pass fails, no more than this is certain
         if len(fresh) == 1 and (watch is None or watch.idle):
@@ -96,12 +104,6 @@ class Memory:
         self._ids = ids
         self.fed += len(fresh)
         return found
-
-    def _shared(self, ids: list[int]) -> int:
-        most = min(len(self._ids), len(ids) - 1)
-        if self._ids[:most] == ids[:most]:
-            return most
-        return next(i for i in range(most) if self._ids[i] != ids[i])
 
 
 class Writer:
@@ -187,7 +189,7 @@ def stream_steps(
                 window = min(context, len(writer.ids) + max_new_tokens)
                 own = Memory(model, context=window, weights=weights, native=native and not watched)
             if own is not None and writer.left:
-                own.engine.refresh()
+                own.begin(writer.view())
             while writer.left:
                 watch = None
                 if watched:

@@ -36,6 +36,7 @@ struct Scratch {  // one thread's own
 };
 
 struct Decoder {
+  static constexpr int STAGES = 5;  // of a layer
   Shape s;
   int D, width, hidden;  // padded C and padded width of the MLP's inside
   Arena arena;
@@ -44,20 +45,21 @@ struct Decoder {
   Matrix head;
   const float *emb, *sin, *cos;
   std::vector<float> copies;  // norms and biases
-  std::vector<float> h, qkv, mixed, inner, bent;
+  std::vector<float> h, qkv, mixed, inner;
   std::vector<Scratch> own;
   Job job;
   Team team;
 
-  explicit Decoder(int threads) : own(threads), team(threads) {}
+  Decoder(int threads, int layers) : own(threads), team(threads, STAGES * layers + 2) {}
 
   void run(int me);
   void normalize(const Norm& norm, const float* x, float* y) const;
-  void normalize_all(const Norm& norm, Scratch& s) const;
+  void normalize_all(const Norm& norm, Scratch& own) const;
+  void gate_all(Scratch& own) const;
   void attend(int b, int head, int layer, Scratch& s);
   void statistics(int b);
-  template <class Put>
-  void apply(const Matrix& m, Scratch& s, Put put);
+  template <class Arrange, class Put>
+  void apply(int stage, const Matrix& m, Scratch& own, Arrange arrange, Put put);
 };
 
 void Decoder::normalize(const Norm& norm, const float* x, float* y) const {
@@ -86,13 +88,17 @@ void Decoder::normalize_all(const Norm& norm, Scratch& own) const {
   }
 }
 
-// put(b, row, y) for every row of m times every right-hand side; the team shares the panels.
-template <class Put>
-void Decoder::apply(const Matrix& m, Scratch& own, Put put) {
+// A stage of the team: put(b, row, y) for every row of m times every right-hand side, which arrange() has lined up in
+// own.in.
+template <class Arrange, class Put>
+void Decoder::apply(int stage, const Matrix& m, Scratch& own, Arrange arrange, Put put) {
   const int B = job.B;
-  if (m.kind == INT8) own.in.quantize(m, B);
   const float* y = own.y.data();
-  team.share(m.panels, [&](int panel) {
+  const auto prepare = [&] {
+    arrange();
+    if (m.kind == INT8) own.in.quantize(m, B);
+  };
+  team.stage(stage, m.panels, prepare, [&](int panel) {
     multiply_panel(m, panel, own.in, B, own.y.data());
     const int first = panel * PANEL, n = m.rows - first < PANEL ? m.rows - first : PANEL;
     for (int b = 0; b < B; b++)
@@ -177,47 +183,41 @@ void Decoder::statistics(int b) {
 void Decoder::run(int me) {
   Scratch& mine = own[me];
   const int B = job.B;
+  const auto point_to = [&](const std::vector<float>& x, int wide) {
+    for (int b = 0; b < B; b++) mine.in.x[b] = &x[(size_t)b * wide];
+  };
+  const auto add = [&](int b, int row, float y) { h[(size_t)b * width + row] += y; };
+  int stage = 0;
   for (int i = 0; i < s.L; i++) {
     const Layer& l = layers[i];
-    normalize_all(l.ln1, mine);
-    apply(l.qkv, mine, [&](int b, int row, float y) { qkv[(size_t)b * 3 * s.C + row] = y; });
-    team.wait(me);
-    team.share(B * s.H, [&](int task) { attend(task / s.H, task % s.H, i, mine); });
-    team.wait(me);
-    for (int b = 0; b < B; b++) mine.in.x[b] = &mixed[(size_t)b * width];
-    apply(l.proj, mine, [&](int b, int row, float y) { h[(size_t)b * width + row] += y; });
-    team.wait(me);
-    normalize_all(l.ln2, mine);
-    if (s.gelu) {
-      apply(l.up, mine, [&](int b, int row, float y) {
-        bent[(size_t)b * hidden + row] = 0.5f * y * (1 + erff(y * 0.70710678f));
-      });
-      team.wait(me);
-    } else {
-      apply(l.up, mine, [&](int b, int row, float y) {
-        inner[((size_t)2 * b + (row >= s.d_ff)) * hidden + (row >= s.d_ff ? row - s.d_ff : row)] = y;
-      });
-      team.wait(me);
-    }
-    for (int b = 0; b < B; b++) {
-      float* y = &bent[(size_t)b * hidden];
-      if (!s.gelu) {  // every thread into its own copy
-        y = &mine.inside[(size_t)b * hidden];
-        const float *gate = &inner[(size_t)2 * b * hidden], *value = gate + hidden;
-        for (int c = 0; c < hidden; c += W) {
-          const vf g = load(gate + c);
-          store(y + c, g / (1.0f + exp(-g)) * load(value + c));
-        }
-      }
-      mine.in.x[b] = y;
-    }
-    apply(l.down, mine, [&](int b, int row, float y) { h[(size_t)b * width + row] += y; });
-    team.wait(me);
+    apply(stage++, l.qkv, mine, [&] { normalize_all(l.ln1, mine); },
+          [&](int b, int row, float y) { qkv[(size_t)b * 3 * s.C + row] = y; });
+    team.stage(stage++, B * s.H, [] {}, [&](int task) { attend(task / s.H, task % s.H, i, mine); });
+    apply(stage++, l.proj, mine, [&] { point_to(mixed, width); }, add);
+    apply(stage++, l.up, mine, [&] { normalize_all(l.ln2, mine); },
+          [&](int b, int row, float y) {
+            const bool value = row >= s.d_ff;  // SwiGLU's second half
+            float* x = &inner[((size_t)2 * b + value) * hidden];
+            x[value ? row - s.d_ff : row] = s.gelu ? 0.5f * y * (1 + erff(y * 0.70710678f)) : y;
+          });
+    apply(stage++, l.down, mine, [&] { s.gelu ? point_to(inner, 2 * hidden) : gate_all(mine); }, add);
   }
-  normalize_all(ln_f, mine);
-  apply(head, mine, [&](int b, int row, float y) { job.logits[(size_t)b * s.V + row] = y; });
-  team.wait(me);
-  for (int b = me; b < B; b += team.size) statistics(b);
+  apply(stage++, head, mine, [&] { normalize_all(ln_f, mine); },
+        [&](int b, int row, float y) { job.logits[(size_t)b * s.V + row] = y; });
+  team.stage(stage, B, [] {}, [&](int b) { statistics(b); });
+}
+
+// silu(gate) * value, by every thread into its own copy.
+void Decoder::gate_all(Scratch& own) const {
+  for (int b = 0; b < job.B; b++) {
+    float* y = &own.inside[(size_t)b * hidden];
+    const float *gate = &inner[(size_t)2 * b * hidden], *value = gate + hidden;
+    for (int c = 0; c < hidden; c += W) {
+      const vf g = load(gate + c);
+      store(y + c, g / (1.0f + exp(-g)) * load(value + c));
+    }
+    own.in.x[b] = y;
+  }
 }
 
 extern "C" {
@@ -232,7 +232,7 @@ void decoder_free(void* d) { delete (Decoder*)d; }
 void* decoder_new(const Shape* shape, const float* const* tensors, int kind_number, int threads) {
   const Shape s = *shape;
   const Kind kind = (Kind)kind_number;
-  Decoder* d = new Decoder(threads);
+  Decoder* d = new Decoder(threads, s.L);
   const int inside = s.gelu ? s.d_ff : 2 * s.d_ff;
   d->s = s, d->D = s.C / s.H, d->width = padded(s.C, PAD), d->hidden = padded(s.d_ff, PAD);
   const size_t per_layer = Matrix::bytes(3 * s.C, s.C, kind) + Matrix::bytes(s.C, s.C, kind) +
@@ -283,10 +283,11 @@ void decoder_step(void* decoder, int B, const int32_t* tokens, const int32_t* po
                   const int64_t* rows, int64_t layer_stride, int64_t head_stride, float* logits, float* stats) {
   Decoder& d = *(Decoder*)decoder;
   std::lock_guard<std::mutex> turn(d.team.turn);
+  d.team.settle();
   const Shape& s = d.s;
   if (d.h.size() < (size_t)B * d.width) {
     d.h.assign((size_t)B * d.width, 0), d.qkv.assign((size_t)B * 3 * s.C, 0), d.mixed.assign((size_t)B * d.width, 0);
-    d.inner.assign((size_t)B * 2 * d.hidden, 0), d.bent.assign((size_t)B * d.hidden, 0);
+    d.inner.assign((size_t)B * 2 * d.hidden, 0);
     for (Scratch& own : d.own) {
       own.x.assign((size_t)B * d.width, 0), own.inside.assign((size_t)B * d.hidden, 0);
       own.scores.assign(padded(s.T, W), 0), own.y.assign((size_t)B * PANEL, 0);
