@@ -19,7 +19,7 @@ import torch
 from niels_gpt import paths
 from niels_gpt.checkpoint import LoadedModel
 from niels_gpt.data.types import Message
-from niels_gpt.generate import Sampling, StopText, stream_steps
+from niels_gpt.generate import Memory, Sampling, StopText, stream_steps
 from niels_gpt.settings import Settings, default_settings
 
 BUILT_IN_SYSTEM = "Answer briefly and truthfully."
@@ -39,18 +39,23 @@ class ChatOptions:
     max_new_tokens: int
     seed: int = DEFAULT_SEED
     use_cache: bool = True
+    weights: str = "fp32"
+    native: bool = True
 
 
 def build_options(settings: Settings | None, system: str, **overrides: Any) -> ChatOptions:
     """Options from a checkpoint's settings (the defaults where it brings none).
 
-    overrides: temperature, top_k, top_p, repetition_penalty, max_new_tokens, seed, use_cache; None leaves a setting be.
+    overrides: temperature, top_k, top_p, repetition_penalty, min_p, max_new_tokens, seed, use_cache, weights, native;
+    None leaves a setting be.
     """
     settings = settings or default_settings()
     values = {
-        name: getattr(settings.generation, name) for name in ("max_new_tokens", *(f.name for f in fields(Sampling)))
+        name: getattr(settings.generation, name)
+        for name in ("max_new_tokens", "weights", *(f.name for f in fields(Sampling)))
     }
     values["use_cache"] = settings.model.attention.use_kv_cache
+    values["native"] = settings.generation.native_decoder
     values |= {name: value for name, value in overrides.items() if value is not None}
     sampling = Sampling(**{f.name: values.pop(f.name) for f in fields(Sampling)})
     return ChatOptions(system=system, sampling=sampling, **values)
@@ -87,6 +92,8 @@ class Conversation:
         self._loaded, self._options = loaded, options
         self._generator = torch.Generator().manual_seed(options.seed)
         self._stop_ids, self._banned_ids = _stop_and_banned_ids(loaded)
+        # Each turn begins with the turns before it: what the model has read of them it need not read again.
+        self._memory = Memory(loaded.model, weights=options.weights, native=options.native)
         self.reset()
 
     def reset(self) -> None:
@@ -118,6 +125,7 @@ class Conversation:
             banned_ids=self._banned_ids,
             tokenizer=self._loaded.tokenizer,
             use_cache=self._options.use_cache,
+            memory=self._memory if self._options.use_cache else None,
         )
         self.reply_tokens, self.reply_was_cut = 0, False
         stop = StopText(self._loaded.chat_format.text_stops)
