@@ -134,11 +134,8 @@ void Decoder::attend(int b, int head, int layer, Scratch& own) {
 
   float* p = own.scores.data();
   const float scale = 1 / sqrtf((float)D);
-  float most = -INFINITY;
-  for (int i = 0; i <= t; i++) {
-    p[i] = dot(q, keys + (size_t)i * D, D) * scale;
-    most = p[i] > most ? p[i] : most;
-  }
+  for (int i = 0; i <= t; i++) p[i] = dot(q, keys + (size_t)i * D, D) * scale;
+  const float most = largest(p, t + 1);
   for (int i = t + 1; i < padded(t + 1, W); i++) p[i] = -INFINITY;
   vf total = {};
   for (int i = 0; i <= t; i += W) {
@@ -164,14 +161,14 @@ void Decoder::attend(int b, int head, int layer, Scratch& own) {
 // (log of the sum of exponentials, entropy in nats) of one row of logits.
 void Decoder::statistics(int b) {
   const float* x = job.logits + (size_t)b * s.V;
-  float most = -INFINITY;
-  for (int i = 0; i < s.V; i++) most = x[i] > most ? x[i] : most;
-  double total = 0, weighted = 0;  // of e^d and of d e^d with d = x - most
+  const float most = largest(x, s.V);
+  vf totals = {}, weights = {};  // of e^d and of d e^d with d = x - most
   int i = 0;
   for (; i + W <= s.V; i += W) {
     const vf d = load(x + i) - most, e = exp(d);
-    total += sum(e), weighted += sum(e * d);
+    totals += e, weights += e * d;
   }
+  double total = sum(totals), weighted = sum(weights);
   for (; i < s.V; i++) {
     const float d = x[i] - most, e = expf(d);
     total += e, weighted += e * d;
