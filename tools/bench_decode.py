@@ -5,8 +5,8 @@
 
 Greedy, prompt of 64 tokens, prefill included, random weights; then prefill alone, of 448 tokens. Ours is `stream_steps`
 as the chat uses it (with log-probability and entropy of every token). transformers: Qwen3ForCausalLM.generate with
-its dynamic and its static cache. llama.cpp: where an interpreter with llama_cpp is named and gguf is installed here; the
-same weights as ours. The bound is how often a buffer as large as the weights can be read per second.
+its dynamic and its static cache. llama.cpp: where an interpreter with llama_cpp is named and gguf is installed here;
+the same weights as ours. The bound is how often per second the packed weights can be read, with nothing done to them.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from niels_gpt.model.gpt import GPT
 from tools.bench_common import KEYS, SHAPES, hugging_face_twin, interleaved, machine, median_and_spread
 
 PROMPT_TOKENS, PREFILL_TOKENS = 64, 448
+READS = 16
 GREEDY = Sampling(temperature=0.0)  # audit: the benchmark's own choice
 REFERENCE = "transformers, dynamic cache"
 LN2 = 0.6931471805599453
@@ -79,7 +80,7 @@ def theirs(model: Any, prompt: list[int], new_tokens: int, cache: str | None) ->
 
 
 class LlamaCpp:
-    """llama.cpp in a process of its own, one context per file; `run` generates greedily and returns the ids."""
+    """llama.cpp in a process of its own, with its own defaults; `run` generates greedily and returns the ids."""
 
     PROGRAM = """
 import sys, json, numpy as np
@@ -88,17 +89,24 @@ threads, vocabulary, *files = json.loads(sys.argv[1])
 quiet = C.llama_log_callback(lambda *_: None)
 C.llama_log_set(quiet, None)
 C.llama_backend_init()
+models = {file: C.llama_model_load_from_file(file.encode(), C.llama_model_default_params()) for file in files}
+assert all(models.values())
 contexts = {}
-for file in files:
-    model = C.llama_model_load_from_file(file.encode(), C.llama_model_default_params())
+
+def context_of(file, exact):
     options = C.llama_context_default_params()
     options.n_ctx = options.n_batch = 512
     options.n_threads = options.n_threads_batch = threads
-    contexts[file] = C.llama_init_from_model(model, options)
+    if exact:
+        options.type_k = options.type_v = options.flash_attn_type = 0  # attention in float32 too, as ours
+    return C.llama_init_from_model(models[file], options)
+
 print("ready", flush=True)
 for line in sys.stdin:
-    file, prompt, new_tokens = json.loads(line)
-    context, fresh, made = contexts[file], prompt, []
+    file, prompt, new_tokens, exact = json.loads(line)
+    if (file, exact) not in contexts:
+        contexts[file, exact] = context_of(file, exact)
+    context, fresh, made = contexts[file, exact], prompt, []
     C.llama_memory_clear(C.llama_get_memory(context), True)
     for _ in range(new_tokens):
         array = (C.llama_token * len(fresh))(*fresh)
@@ -120,9 +128,10 @@ for line in sys.stdin:
         if self._process.stdout.readline() != "ready\n":
             raise RuntimeError(f"{python} could not load the models; does it have llama_cpp?")
 
-    def run(self, file: Path, prompt: list[int], new_tokens: int) -> list[int]:
+    def run(self, file: Path, prompt: list[int], new_tokens: int, exact: bool = False) -> list[int]:
+        """exact: keys, values and attention in float32, where its default is float16."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(self._json.dumps([str(file), prompt, new_tokens]), file=self._process.stdin, flush=True)
+        print(self._json.dumps([str(file), prompt, new_tokens, exact]), file=self._process.stdin, flush=True)
         return self._json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
@@ -175,13 +184,6 @@ def write_gguf(model: GPT, path: Path, kind: str) -> None:
     writer.close()
 
 
-def bandwidth(size: int) -> Callable[[], Any]:
-    """Reads a buffer of `size` bytes with all threads until 400 MB are read."""
-    buffer = torch.zeros(size // 4)
-    times = max(1, 400_000_000 // size)
-    return lambda: [buffer.sum() for _ in range(times)]
-
-
 def measure(name: str, rounds: int, new_tokens: int, llama_python: str | None) -> None:
     model, twin = random_model(name), hugging_face_twin(SHAPES[name]).eval()
     V = model.cfg.V
@@ -189,7 +191,7 @@ def measure(name: str, rounds: int, new_tokens: int, llama_python: str | None) -
     prompt = drawn[:PROMPT_TOKENS]
     new_tokens = min(new_tokens, model.cfg.T - PROMPT_TOKENS)
     same = {kind: random_model(name) for kind in KINDS}  # each keeps its own packed weights
-    sizes = {kind: NativeDecoder(same[kind], kind).bytes for kind in KINDS}
+    packed = {kind: NativeDecoder(same[kind], kind) for kind in KINDS}
     runs: dict[str, Callable[[], Any]] = {
         REFERENCE: theirs(twin, prompt, new_tokens, None),
         "transformers, static cache": theirs(twin, prompt, new_tokens, "static"),
@@ -206,12 +208,13 @@ def measure(name: str, rounds: int, new_tokens: int, llama_python: str | None) -
             llama = LlamaCpp(llama_python, list(llama_files.values()), V)
             for kind, file in llama_files.items():
                 runs[f"llama.cpp {kind}"] = lambda file=file: llama.run(file, prompt, new_tokens)
-            agree = [a == b for a, b in zip(runs["niels-gpt fp32"](), runs["llama.cpp f32"](), strict=True)]
+            exact = llama.run(llama_files["f32"], prompt, new_tokens, exact=True)
+            agree = [a == b for a, b in zip(runs["niels-gpt fp32"](), exact, strict=True)]
             same_until = agree.index(False) if False in agree else len(agree)
-            print(f"greedy tokens of ours and llama.cpp f32 agree for {same_until} of {new_tokens}")
-        reads = {f"read {kind}": bandwidth(size) for kind, size in sizes.items()}
+            print(f"greedy tokens of ours and llama.cpp f32 (attention in f32) agree: {same_until} of {new_tokens}")
+        reads = {f"read {kind}": lambda d=d: [d.read() for _ in range(READS)] for kind, d in packed.items()}
         seconds = interleaved({**runs, **reads}, warmup=1, rounds=rounds)
-        report(seconds, runs, sizes, new_tokens)
+        report(seconds, runs, {kind: d.bytes for kind, d in packed.items()}, new_tokens)
         T = min(PREFILL_TOKENS, model.cfg.T - 1)
         prefill = {
             REFERENCE: theirs(twin, drawn[:T], 1, None),
@@ -232,8 +235,7 @@ def report(seconds: dict[str, list[float]], runs: Any, sizes: dict[str, int], ne
     print_rates(rates)
     print("\n| weights | MB | read at GB/s | bound, tok/s | share reached |\n|---|---|---|---|---|")
     for kind, size in sizes.items():
-        read = max(1, 400_000_000 // size) * size
-        speed = median_and_spread([read / t for t in seconds[f"read {kind}"]])[0]
+        speed = median_and_spread([READS * size / t for t in seconds[f"read {kind}"]])[0]
         reached = median_and_spread(rates[f"niels-gpt {kind}"])[0]
         bound = speed / size
         print(f"| {kind} | {size / 1e6:.1f} | {speed / 1e9:.1f} | {bound:.0f} | {reached / bound:.0%} |", flush=True)
