@@ -59,6 +59,8 @@ def _create(hub: LoopbackHub, asked: dict[str, Any]) -> Answer:
     if (kind, name) in hub.repositories:
         return 409, {**about, "error": "You already created this repo"}
     hub.publish(name, {}, kind=kind)
+    if asked.get("private") or asked.get("visibility") == "private":
+        hub.private.add(name)
     return 200, about
 
 
