@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NoReturn, TypeVar
@@ -103,17 +104,17 @@ def _receive(remote: Remote, part: Path) -> None:
     free = shutil.disk_usage(part.parent).free
     if free < remote.size - have:
         _disk_full(remote, part)
-    library = library_for(remote.repo)
-    url = library.hf_hub_url(remote.repo, remote.file, revision=remote.commit)
+    url = library_for(remote.repo).hf_hub_url(remote.repo, remote.file, revision=remote.commit)
+    receiver, utils = import_module("huggingface_hub.file_download"), import_module("huggingface_hub.utils")
     with _progress(remote, have) as moved:
 
         def receive() -> None:
             with open(part, "ab") as file:
-                library.file_download.http_get(
+                receiver.http_get(
                     url,
                     _Watched(file, moved),
                     resume_size=file.tell(),
-                    headers=library.utils.build_hf_headers(),
+                    headers=utils.build_hf_headers(),
                     expected_size=remote.size,
                     displayed_filename=remote.file,
                 )
@@ -178,10 +179,9 @@ def _progress(remote: Remote, have: int) -> Iterator[Callable[[int], None]]:
 
 def library_for(what: str) -> ModuleType:
     """huggingface_hub, without its bars and its warnings about tries that are tried again."""
-    library = huggingface_hub_for(what)
-
-    library.utils.disable_progress_bars()
-    library.utils.logging.set_verbosity_error()
+    library, utils = huggingface_hub_for(what), import_module("huggingface_hub.utils")
+    utils.disable_progress_bars()
+    utils.logging.set_verbosity_error()
     return library
 
 
