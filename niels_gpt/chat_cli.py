@@ -14,13 +14,14 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 from niels_gpt import files
 from niels_gpt.chat import DEFAULT_SEED, answer_once, build_options, note, run_chat, system_prompt
 from niels_gpt.checkpoint import load_model
 from niels_gpt.device import resolve_device
 from niels_gpt.generate import Sampling
+from niels_gpt.settings import Weights
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, metavar="X", help="0 = always the likeliest token (default: from the settings)")
     add("--top-k", type=int, metavar="K", help="sample among the K likeliest; 0 = off (default: from the settings)")
     add("--top-p", type=float, metavar="P", help="sample within this total probability; 0 = off (default: same)")
+    add("--min-p", type=float, metavar="P", help="drop tokens below this share of the likeliest one's probability")
+    add("--weights", choices=get_args(Weights), help="of matrices on a CPU; fp16 and int8 are faster (default: same)")
     add("--repetition-penalty", type=float, metavar="X", help="above 1: avoid repeated tokens; 1 = off (default: same)")
     add("--seed", type=int, default=DEFAULT_SEED, help="of the replies (default: %(default)s)")
     add("--system", metavar="TEXT", help="system prompt (default: configs/system_surly.txt)")
@@ -50,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_flags(args: argparse.Namespace) -> None:
     """ValueError for values that make no sense, before anything is loaded."""
-    Sampling(args.temperature or 0, args.top_k, args.top_p, args.repetition_penalty)
+    Sampling(args.temperature or 0, args.top_k, args.top_p, args.repetition_penalty, args.min_p)
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {args.max_new_tokens}")
     if not 0 <= args.seed < 2**63:
@@ -76,6 +79,8 @@ def _run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
+        weights=args.weights,
         repetition_penalty=args.repetition_penalty,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,

@@ -15,7 +15,7 @@ import torch
 from niels_gpt.chat.options import ChatOptions
 from niels_gpt.checkpoint import LoadedModel
 from niels_gpt.data.types import Message
-from niels_gpt.generate import Step, StopText, stream_steps
+from niels_gpt.generate import Memory, Step, StopText, stream_steps
 from niels_gpt.settings import default_settings
 from niels_gpt.tokenizer.contract import valid_unicode
 
@@ -47,6 +47,8 @@ class Conversation:
         self.loaded, self.options, self.alternatives = loaded, options, alternatives
         self._generator = torch.Generator().manual_seed(options.seed)
         self._stop_ids, self._banned_ids = _stop_and_banned_ids(loaded)
+        # Each turn begins with the turns before it: what the model has read of them it need not read again.
+        self._memory = Memory(loaded.model, weights=options.weights, native=options.native)
         self.system = options.system
         self.reset()
 
@@ -97,6 +99,7 @@ class Conversation:
             tokenizer=self.loaded.tokenizer,
             top_n=self.alternatives,
             use_cache=self.options.use_cache,
+            memory=self._memory if self.options.use_cache else None,
         )
         tokens, stop = _Tokens(), StopText(self.loaded.chat_format.text_stops)
 

@@ -24,18 +24,22 @@ class ChatOptions:
     max_new_tokens: int
     seed: int = DEFAULT_SEED
     use_cache: bool = True
+    weights: str = "fp32"
+    native: bool = True
 
 
 def build_options(settings: Settings | None, system: str, **overrides: Any) -> ChatOptions:
     """Options from a checkpoint's settings (the defaults where it brings none).
 
-    overrides: the fields of `Sampling`, max_new_tokens, seed, use_cache; None leaves a setting be.
+    overrides: the fields of `Sampling`, max_new_tokens, seed, use_cache, weights, native; None leaves a setting be.
     """
     settings = settings or default_settings()
     values = {
-        name: getattr(settings.generation, name) for name in ("max_new_tokens", *(f.name for f in fields(Sampling)))
+        name: getattr(settings.generation, name)
+        for name in ("max_new_tokens", "weights", *(f.name for f in fields(Sampling)))
     }
     values["use_cache"] = settings.model.attention.use_kv_cache
+    values["native"] = settings.generation.native_decoder
     values |= {name: value for name, value in overrides.items() if value is not None}
     sampling = Sampling(**{f.name: values.pop(f.name) for f in fields(Sampling)})
     return ChatOptions(system=system, sampling=sampling, **values)

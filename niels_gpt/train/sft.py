@@ -14,13 +14,15 @@ from niels_gpt.cache.chat_rows import ChatRows, as_chat_row
 from niels_gpt.cache.format import SftExamples, open_pretrain
 from niels_gpt.cache.sft import open_mix
 from niels_gpt.epochs import TextRows
+from niels_gpt.eval import token_byte_lengths
 from niels_gpt.mixes import open_mixes
 from niels_gpt.settings import Settings
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import stream_eval
 from niels_gpt.train.report import Reporter
-from niels_gpt.train.start import Overrides, Start, eval_shape, fingerprint, start_phase, weighted_metric
+from niels_gpt.train.sample import sampler_for
+from niels_gpt.train.start import Overrides, Start, TimeLimit, eval_shape, fingerprint, start_phase, weighted_metric
 
 PHASE = "sft"
 TEXT = "text/"  # before the names of replayed sources
@@ -33,13 +35,16 @@ def run_sft(
     resume_path: str | Path | None = None,
     no_auto_resume: bool = False,
     init_model_path: str | Path | None = None,
+    limit: TimeLimit | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune on chats; `init_model_path` gives the weights of a fresh run (optimizer, step and best start anew).
 
     Returns final_step, best_val_loss, last_val_pretrain_loss, last_val_sft_loss, latest_path, best_path.
     """
-    start = start_phase(PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume)
+    start = start_phase(
+        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit
+    )
     job = sft_job(start)
     init = Path(init_model_path) if init_model_path is not None and start.resume is None else None
     reporter = Reporter(PHASE, start.resolved.run_id, quiet=quiet)
@@ -89,7 +94,11 @@ def sft_job(start: Start) -> Job:
             options, {"pretrain_val_loss": found.get("pretrain"), "sft_val_loss": found.get("sft")}
         ),
         tokenizer_model=start.tokenizer_model,
+        byte_lengths=token_byte_lengths(start.tokenizer),
+        sample=sampler_for(PHASE, settings, start.tokenizer),
         data=sft_fingerprint(settings, sources),
+        began=start.began,
+        deadline=start.deadline,
     )
 
 
