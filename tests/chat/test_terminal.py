@@ -23,6 +23,7 @@ from niels_gpt import paths
 from niels_gpt.chat.terminal import HISTORY_BYTES, private_history
 
 CTRL_C, CTRL_D, TAB, UP = "\x03", "\x04", "\t", "\x1b[A"
+READY = r"\x1b\[0m>.{0,40}\x1b\[\?25h"  # the editor draws the prompt, without its blank, and shows the cursor
 PATIENCE = 60.0  # seconds; only a hang takes as long
 
 
@@ -107,20 +108,20 @@ def test_a_chat_on_a_terminal(
 ) -> None:
     terminal = Terminal(tmp_path, "--ckpt", str(chat_checkpoint), "--temperature", "0")
     opened.append(terminal)
-    terminal.expect("> ")
+    terminal.expect(READY)
     terminal.say("hi")
-    terminal.expect(r"hello ✨ friend\r\n\[\d+ tokens, [\d.]+ tokens/s; context (?:█)+(?:░)+ \d+ of 64\]\r\n.*> ")
+    terminal.expect(r"hello ✨ friend\r\n\[\d+ tokens, [\d.]+ tokens/s; context (?:█)+(?:░)+ \d+ of 64\]\r\n.*" + READY)
     terminal.type("never sent")
     terminal.expect("sent")
     terminal.type(CTRL_C)  # drops the line
     terminal.type("/ins" + TAB)
     terminal.expect("pect")
     terminal.type("\r")
-    terminal.expect(r"\[surprise of each token in bits: .*\x1b\[.*over 6.*> ")
+    terminal.expect(r"\[surprise of each token in bits: .*\x1b\[.*over 6.*" + READY)
     terminal.say("/save talk.jsonl")
-    terminal.expect(r"saved 2 messages.*> ")
+    terminal.expect(r"saved 2 messages.*" + READY)
     terminal.say("/nonsense")
-    terminal.expect(r"Error: there is no command /nonsense.*> ")
+    terminal.expect(r"Error: there is no command /nonsense.*" + READY)
     terminal.type(CTRL_C)
     assert terminal.end() == 0
     history = tmp_path / "state/niels-gpt/chat_history"
@@ -135,18 +136,18 @@ def test_ctrl_c_stops_an_endless_reply_and_the_chat_goes_on(
     endless = ("--temperature", "50", "--top-k", "0", "--no-kv-cache", "--max-new-tokens", "100000000")
     terminal = Terminal(tmp_path, "--ckpt", str(byte_chat_checkpoint), *endless, "--no-history")
     opened.append(terminal)
-    terminal.expect("> ")
+    terminal.expect(READY)
     terminal.say("hi")
     terminal.expect(r"\r\n.{40}")
     terminal.type(CTRL_C)
-    terminal.expect(r"\r\n.{0,200}> ")
+    terminal.expect(READY)
     terminal.say("/temp 0")
-    terminal.expect("temperature: 0.*> ")
+    terminal.expect("temperature: 0.*" + READY)
     terminal.say("/reset")
-    terminal.expect("> ")
+    terminal.expect(READY)
     terminal.say("hi")
     terminal.expect("hello ✨ friend")
-    terminal.expect("> ")
+    terminal.expect(READY)
     terminal.type(CTRL_D)
     assert terminal.end() == 0
     assert not (tmp_path / "state").exists()
