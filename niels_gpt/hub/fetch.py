@@ -30,6 +30,7 @@ from niels_gpt.data.hub_errors import HubError, chain_of, first_line, huggingfac
 
 DEFAULT_REPO = "nnandal/niels-gpt"
 PARTS = ".download"  # beside the target: what has come so far
+CHUNK = 1 << 16  # bytes that are written at a time: a connection that breaks costs no more than these
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each new try after an answer that may be better the next time
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # such answers
 _LOGIN = "log in with: hf auth login"
@@ -81,20 +82,24 @@ def fetch(remote: Remote, target: Path, check: Callable[[Path], None]) -> None:
     folder = target.parent / PARTS
     part = folder / files.sha256_bytes(f"{remote.name} {remote.digest}".encode())[:16] / target.name
     part.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{part}.lock", timeout=0)
     try:
-        with FileLock(f"{part}.lock", timeout=0):
-            _receive(remote, part)
-            _check(remote, part, check)
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(part, target)
-            files.fsync_folder(target.parent)
+        lock.acquire()
     except Timeout:
         raise HubError(f"{remote.name}: another process is downloading it to {target}; wait for it") from None
-    if not part.exists():
-        shutil.rmtree(part.parent, ignore_errors=True)
-        with suppress(OSError):  # other downloads may have left something
-            folder.rmdir()
+    try:
+        _receive(remote, part)
+        _check(remote, part, check)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, target)
+        files.fsync_folder(target.parent)
+    finally:
+        lock.release()
+        if not part.exists() or part.stat().st_size == 0:
+            shutil.rmtree(part.parent, ignore_errors=True)
+            with suppress(OSError):  # other downloads may have left something
+                folder.rmdir()
 
 
 def _receive(remote: Remote, part: Path) -> None:
@@ -180,6 +185,7 @@ def _progress(remote: Remote, have: int) -> Iterator[Callable[[int], None]]:
 def library_for(what: str) -> ModuleType:
     """huggingface_hub, without its bars and its warnings about tries that are tried again."""
     library, utils = huggingface_hub_for(what), import_module("huggingface_hub.utils")
+    library.constants.DOWNLOAD_CHUNK_SIZE = CHUNK
     utils.disable_progress_bars()
     utils.logging.set_verbosity_error()
     return library

@@ -21,6 +21,7 @@ import torch
 from niels_gpt import files
 from niels_gpt.chat import Conversation, build_options
 from niels_gpt.checkpoint import load_checkpoint, load_model
+from niels_gpt.hub.fetch import CHUNK
 from niels_gpt.settings import resolve_settings
 from niels_gpt.tokenizer import SentencePieceTokenizer
 from tests.checkpoint.published import V1_SHAPES, V2_SHAPES, checkpoint_bytes
@@ -186,7 +187,7 @@ def test_a_download_that_broke_off_goes_on_where_it_was(here: Here, hub: Loopbac
     assert here.download() == 1
     here.error()
     have = sum(path.stat().st_size for path in (here.folder / "checkpoints").rglob("best.pt"))
-    assert have == int(len(V1_FILE) * 0.75) and not here.best.exists()
+    assert 0.75 * len(V1_FILE) - CHUNK <= have <= 0.75 * len(V1_FILE) and not here.best.exists()
     faulty.clear()
     hub.ranges.clear()
     assert here.download() == 0 and hub.ranges == [f"bytes={have}-"]
