@@ -111,11 +111,13 @@ def test_looking_into_a_reply_lists_what_else_was_likely(
     lines = [line for line in out.splitlines() if re.match(r"  +\d+\.\d bits  ", line)]
     assert 1 <= len(lines) <= 5
     bits = [float(line.split()[0]) for line in lines]
-    assert bits == sorted(bits, reverse=True) and bits[0] > 1
+    assert bits == sorted(bits, reverse=True) and bits[0] > 1 and "drawn with" in out  # at temperature 3
     for line, surprised in zip(lines, bits, strict=True):
         chosen, others = line.split(" bits  ")[1].split("; else ")
+        chosen, _, drawn = chosen.partition(", drawn with ")
         percent = float(chosen.rsplit(" ", 1)[1].rstrip("%"))
         assert abs(percent - 100 * 2**-surprised) <= 0.06 + 4 * 2**-surprised
+        assert not drawn or 0 < float(drawn.rstrip("%")) <= 100
         assert len(re.findall(r"\d%", others)) == 4 and chosen.rsplit(" ", 1)[0] not in others.split(", ")
 
 
@@ -126,6 +128,7 @@ def test_plain_and_looked_into_replies_are_the_same_text(
     answer_once(loaded, options, ["hi", "say nothing"], inspect=True)
     out, err = capsys.readouterr()
     assert REPLIES["hi"] in out and err == "(no reply)\n"  # the model is certain of every token: no numbers
+    assert out.count("it was sure of every one]") == 2
 
 
 def test_names_of_tokens(loaded: LoadedModel) -> None:
