@@ -12,6 +12,8 @@ COMMANDS = {
     "tokenizer": ("niels_gpt.tokenizer.train_cli", "train a tokenizer on files, sources or the mix of a config"),
     "cache": ("niels_gpt.cache.cli", "build, show and verify token caches"),
     "notes": ("niels_gpt.notes_cli", "see what would be learned from your own notes, then build their cache"),
+    "export": ("niels_gpt.export.cli", "take a checkpoint to transformers (hf) or llama.cpp and Ollama (gguf)"),
+    "import": ("niels_gpt.export.import_cli", "make a checkpoint of a Hugging Face folder of the Llama family"),
     "settings": ("niels_gpt.settings.doc", "every setting with its default, bounds and meaning"),
 }
 

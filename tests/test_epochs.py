@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from niels_gpt.batching import TokenStream
-from niels_gpt.epochs import BLOCK, Epochs, MixedRows, block_quotas
+from niels_gpt.epochs import BLOCK, Epochs, TextRows, block_quotas
 
 T = 8
 
@@ -19,14 +19,14 @@ def stream(*lengths: int, name: str = "text") -> TokenStream:
 
 def starts(epochs: Epochs, epoch: int) -> list[int]:
     n = len(epochs)
-    return [int(epochs.window(k)[0]) for k in range(epoch * n, (epoch + 1) * n)]
+    return [int(epochs.row(k)[0]) for k in range(epoch * n, (epoch + 1) * n)]
 
 
 @pytest.mark.parametrize("lengths", [(100,), (9,), (257, 5, 64, 33)])
 def test_an_epoch_reads_every_token_after_its_phase_once(lengths: tuple[int, ...]) -> None:
     epochs = Epochs(stream(*lengths), T, seed=1)
     for epoch in range(3):
-        windows = [epochs.window(k) for k in range(epoch * len(epochs), (epoch + 1) * len(epochs))]
+        windows = [epochs.row(k) for k in range(epoch * len(epochs), (epoch + 1) * len(epochs))]
         assert all((np.diff(w) == 1).all() and len(w) == T + 1 for w in windows)  # none crosses arrays
         for i, n in enumerate(lengths):
             targets = sorted(int(t) - 10_000 * i for w in windows for t in w[1:] if t // 10_000 == i)
@@ -54,20 +54,20 @@ def test_backwards_reads_what_is_unread_first() -> None:
 def test_rows_depend_on_their_number_alone() -> None:
     streams = {"a": stream(500, 90, name="a"), "b": stream(60, name="b")}
     mix = {"a": 0.7, "b": 0.3}
-    whole = MixedRows(streams, mix, T, seed=3).batch(BLOCK - 20, 40)  # across two blocks
-    pieces = MixedRows(streams, mix, T, seed=3)
+    whole = TextRows(streams, mix, T, seed=3).batch(BLOCK - 20, 40)  # across two blocks
+    pieces = TextRows(streams, mix, T, seed=3)
     for first in (BLOCK + 4, BLOCK - 20, BLOCK - 4, BLOCK - 12, BLOCK + 12):  # out of order, as after a resume
         batch = pieces.batch(first, 8)
         at = first - (BLOCK - 20)
         assert torch.equal(batch.x, whole.x[at : at + 8]) and torch.equal(batch.y, whole.y[at : at + 8])
     assert torch.equal(whole.x[:, 1:], whole.y[:, :-1])
-    assert not torch.equal(whole.x, MixedRows(streams, mix, T, seed=4).batch(BLOCK - 20, 40).x)
+    assert not torch.equal(whole.x, TextRows(streams, mix, T, seed=4).batch(BLOCK - 20, 40).x)
 
 
 def test_a_block_holds_the_mix_exactly_and_epochs_run_on_across_blocks() -> None:
     streams = {name: stream(40 * T + 1, name=name) for name in ("a", "b")}
     streams["b"].arrays[0] = streams["b"].arrays[0] + np.uint16(30_000)
-    rows = MixedRows(streams, {"a": 0.75, "b": 0.25}, T, seed=0)
+    rows = TextRows(streams, {"a": 0.75, "b": 0.25}, T, seed=0)
     first = rows.batch(0, 2 * BLOCK).x[:, 0].numpy()
     assert [(first[i : i + BLOCK] >= 30_000).sum() for i in (0, BLOCK)] == [2500, 2500]
     from_b = first[first >= 30_000]

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from niels_gpt.config import NEW, Architecture, ModelConfig
 from niels_gpt.model.blocks import Block, build_norm
-from niels_gpt.model.loss import cross_entropy_sum
+from niels_gpt.model.loss import IGNORED, cross_entropy_sum
 
 INIT_STD = 0.02
 
@@ -78,6 +78,15 @@ class GPT(nn.Module):
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Have `torch.compile` fuse each block's small operations from its next call on; names of weights stay.
+
+        All blocks are one program, compiled once (docs/log.md has the seconds), where compiling the whole model unrolls
+        them. The cross-entropy and attention in blocks stay as they are: they are written out already.
+        """
+        for block in self.blocks:
+            block.compile(backend=backend)
+
     @property
     def num_parameters(self) -> int:
         """Distinct parameters (the tied matrix counts once)."""
@@ -88,19 +97,26 @@ class GPT(nn.Module):
         x: Tensor,
         y: Tensor | None = None,
         *,
+        apart: Tensor | None = None,
         segment: Tensor | None = None,
         cache: ModelCache | None = None,
         trace: Trace | None = None,
     ) -> Tensor:
         """Ids (B, T) -> float32 logits (B, T, V); with targets y -> summed cross-entropy in nats (0-d).
 
-        y: (B, T), -100 ignored. segment: (B, T), positions of different segments do not see each other (packed rows).
+        y: (B, T), -100 ignored. apart: (B, T), those targets whose nats are wanted by themselves too: the result is
+        then (2,). segment: (B, T), positions of different segments do not see each other (packed rows).
         cache: read and extended by T positions. trace: which layer's attention to record.
         """
         h = self.hidden(x, segment=segment, cache=cache, trace=trace)
         if y is None:
             return self.lm_head(h).float()
-        return cross_entropy_sum(h.flatten(0, 1), self.lm_head.weight, y.flatten())
+        rows, weight = h.flatten(0, 1), self.lm_head.weight
+        total = cross_entropy_sum(rows, weight, y.flatten())
+        if apart is None:
+            return total
+        chosen = apart.flatten() != IGNORED
+        return torch.stack((total, cross_entropy_sum(rows[chosen], weight, apart.flatten()[chosen])))
 
     def hidden(
         self, x: Tensor, *, segment: Tensor | None = None, cache: ModelCache | None = None, trace: Trace | None = None

@@ -8,10 +8,11 @@ from pydantic import BeforeValidator, Field, Strict, field_validator, model_vali
 
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.settings.data import BYTE_VOCABULARY, DataSettings, TokenizerSettings
-from niels_gpt.settings.fields import MANY, MAX_INT64, Beta, Section, Sizes, TokenIds, knob, section
+from niels_gpt.settings.fields import MANY, MAX_INT64, Beta, Section, Sizes, Text, TokenIds, knob, section
 
 MatmulPrecision = Literal["highest", "high", "medium"]
 Metric = Literal["pretrain_val_loss", "sft_val_loss", "weighted"]
+Weights = Literal["fp32", "fp16", "int8"]
 MetricWeights = dict[Literal["pretrain_val_loss", "sft_val_loss"], Annotated[float, Field(gt=0, le=1e6)]]
 
 
@@ -61,8 +62,12 @@ class PhaseSettings(Section):
     eval_batches: int | None = knob(None, "overrides eval_steps when set", ge=1, le=MANY)
     micro_B_eval: int | None = knob(None, "rows of an evaluation batch; null = micro_B", ge=1, le=2**20)
     log_every: int = knob(50, "steps between log lines", ge=1, le=MANY)
+    sample_prompt: Text | None = knob("Once upon a time", "continued at every evaluation; null = no sample text")
+    sample_tokens: int = knob(40, "longest sample text, tokens", ge=1, le=MANY)
+    tensorboard: bool = knob(True, "write TensorBoard files, if the extra `board` is installed")
     ckpt_every: int = knob(1000, "steps between checkpoints", ge=1, le=MANY)
     keep_last: int = knob(3, "step checkpoints to keep", ge=2, le=MANY)
+    keep_every: int | None = knob(None, "keep the checkpoints of every such step for good as well", ge=1, le=MANY)
     optimizer: Literal["adamw", "muon"] = knob("adamw", "muon = Muon for block matrices, AdamW for the rest")
     base_lr: float = knob(3e-4, "peak learning rate of AdamW", gt=0, le=10)
     warmup_steps: int = knob(340, "steps of linear warm-up", ge=0, le=MANY)
@@ -107,12 +112,14 @@ class SftPhaseSettings(PhaseSettings):
     warmup_steps: int = knob(189, "steps of linear warm-up", ge=0, le=MANY)
     min_lr: float = knob(1e-5, "learning rate at the end", ge=0, le=10)
     weight_decay: float = knob(0.05, "weight decay of AdamW", ge=0, le=10)
+    sample_prompt: Text | None = knob("what is your name?", "answered at every evaluation; null = no sample text")
     best_metric: Metric = knob("sft_val_loss", "what best.pt minimises")
 
 
 class TrainingSettings(Section):
     pretrain: PhaseSettings = section(PhaseSettings, "pretraining")
     sft: SftPhaseSettings = section(SftPhaseSettings, "fine-tuning")
+    sft_share: float = knob(0.1, "fine-tuning's share of a pipeline's --minutes or --until", gt=0, lt=1)
 
     @field_validator("pretrain")
     @classmethod
@@ -135,7 +142,12 @@ class GenerationSettings(Section):
     top_p: float | None = knob(
         None, "sample among the likeliest of this total probability; 0 or null = all", ge=0, le=1
     )
+    min_p: float | None = knob(
+        None, "drop tokens below this share of the likeliest one's probability; 0 or null = off", ge=0, le=1
+    )
     repetition_penalty: float | None = knob(None, "divide the odds of tokens already seen; null = off", gt=0, le=100)
+    weights: Weights = knob("fp32", "matrices while replying on a CPU: fp16 and int8 are faster, int8 a little worse")
+    native_decoder: bool = knob(True, "reply with compiled code where a C++ compiler is found; false = PyTorch only")
     stop_token_id: int | None = knob(None, "id that ends a reply; null = the end-of-turn sentinel", ge=0, le=65534)
     banned_token_ids: TokenIds | None = knob(None, "ids never sampled; null = the role sentinels")
 

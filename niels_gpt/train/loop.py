@@ -1,7 +1,7 @@
 """THE training loop, for both phases: step, log, evaluate, save, stop.
 
-A step is a function of (weights, optimizer state, step number): batches and dropout are seeded by the step, so a run
-that is killed and resumed goes on to the bit. `pretrain` and `sft` differ in the `Job` they hand over.
+What a step computes is `step`, what a checkpoint holds `saving`: a run that is killed and resumed goes on to the bit.
+`pretrain` and `sft` differ in the `Job` they hand over.
 """
 
 from __future__ import annotations
@@ -9,65 +9,33 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from niels_gpt import checkpoint as ckpt
-from niels_gpt.batching import Batch
 from niels_gpt.device import choose_precision, memory_in_use, synchronize
-from niels_gpt.eval import EvalResult, evaluate
-from niels_gpt.files import is_disk_full
+from niels_gpt.eval import EvalResult
 from niels_gpt.model.gpt import GPT
-from niels_gpt.model.loss import IGNORED
-from niels_gpt.optim import build_optimizer, set_learning_rate
+from niels_gpt.optim import Optimizer, set_learning_rate
 from niels_gpt.rng import seed_for
 from niels_gpt.train.budget import Budget
+from niels_gpt.train.evaluation import Evaluation
 from niels_gpt.train.job import Job
 from niels_gpt.train.report import Reporter, StepReport
+from niels_gpt.train.saving import Origin, Saver
 from niels_gpt.train.signals import StopRequest, catching_signals
+from niels_gpt.train.start import eval_shape
+from niels_gpt.train.state import Interrupted, RunState, StepResult, TrainResult
+from niels_gpt.train.step import Stepper
+
+__all__ = ["Interrupted", "Loop", "RunState", "StepResult", "TrainResult", "train"]
 
 LOSS_WINDOW = 50  # steps in the moving average of the logged train_loss
 MAX_SKIPPED_IN_A_ROW = 5
-
-
-class Interrupted(Exception):
-    """A signal ended training after its state was saved; `exit_code` is 128 + the signal's number."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-@dataclass
-class RunState:
-    """What changes while a run goes on, besides weights and optimizer state. Saved with every checkpoint."""
-
-    step: int = 0  # optimizer steps done
-    tokens_seen: int = 0  # supervised targets
-    skipped_steps: int = 0
-    best_val_loss: float | None = None
-    best_step: int | None = None
-
-
-@dataclass(frozen=True)
-class StepResult:
-    loss: float  # nats per supervised token
-    grad_norm: float
-    tokens: int
-    applied: bool  # False when the loss or a gradient was not finite
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    state: RunState
-    last_evals: dict[str, EvalResult]
-    elapsed: float  # seconds, earlier sessions included
-    latest_path: Path
-    best_path: Path
+MAX_ROLLBACKS = 3  # without ever getting beyond the step where the last one was decided
+ROLLBACK_FACTOR = 0.5  # on the learning rate
+MOMENTS = 3  # a checkpoint holds about so many numbers for every weight
 
 
 class Loop:
@@ -77,72 +45,66 @@ class Loop:
         """resume: checkpoint to go on from. init: checkpoint whose weights start a fresh run."""
         self.job, self.device, self.reporter = job, device, reporter
         self.options = job.options
-        self.resumed_from = resume
-        torch.manual_seed(seed_for(self.options.seed, "init"))
-        self.model = GPT(job.resolved.model_cfg, job.resolved.arch)
-        self.state = RunState()
-        loaded = ckpt.load_checkpoint(source, device="cpu") if (source := resume or init) is not None else None
-        if loaded is not None:
-            ckpt.validate_model_config_match(loaded["model_cfg"], job.resolved.model_cfg)
-            self.model.load_state_dict(ckpt.build_model(loaded).state_dict())
+        self.model, loaded = self._model_of(resume or init)
         self.model.to(device).train()
         self.model.activation_checkpointing = self.options.activation_checkpointing
         self.precision = choose_precision(device, self.options.amp, self.options.amp_dtype)
-        self.scaler = torch.amp.GradScaler(device) if self.precision.needs_scaler else None
-        ns_dtype = torch.bfloat16 if self.precision.dtype is torch.bfloat16 else torch.float32
-        self.optimizer = build_optimizer(self.model, self.options, ns_dtype=ns_dtype)
-        spent = self._restore(loaded) if loaded is not None and resume is not None else 0.0
-        self.budget = Budget(self.options, spent_seconds=spent)
-        self.forward = torch.compile(self.model) if self.options.compile else self.model
+        self.stepper = Stepper(
+            job, self.model, device=device, precision=self.precision, warn=reporter.warn, clock=reporter.clock
+        )
+        self.evaluation = Evaluation(job, self.model, device=device, precision=self.precision, warn=reporter.warn)
+        self.saver = Saver(job, self.stepper, reporter, resume)
+        self.state, spent = RunState(), 0.0
+        if loaded is not None and resume is not None:
+            self.state, spent = self.saver.restore(loaded)
+        elif loaded is not None and init is not None:
+            self.saver.origin = Origin.of(init, loaded)
+        self.budget = self._budget(spent)
+        self.stop = StopRequest()
         self.recent: deque[float] = deque(maxlen=LOSS_WINDOW)
         self.last_evals: dict[str, EvalResult] = {}
-        self._saved_step = self.state.step if resume is not None else -1
+        self._evaluated_now: int | None = None  # step of the last evaluation of this session
+        self._best_before: tuple[float | None, int | None] = (None, None)
 
-    def _restore(self, loaded: ckpt.Checkpoint) -> float:
-        """Optimizer and counters of a checkpoint; returns the seconds already spent."""
-        resume: dict[str, Any] = loaded["resume"] or {}
-        if resume.get("phase", self.job.phase) != self.job.phase:
-            self.reporter.warn(f"this checkpoint was saved by phase {resume['phase']}, this run is {self.job.phase}")
-        planned = resume.get("total_steps", self.options.total_steps)
-        if planned != self.options.total_steps:
-            self.reporter.warn(f"total_steps was {planned}, is now {self.options.total_steps}: the schedule changes")
-        for name, now in self._identity().items():
-            if resume.get(name, now) != now:
-                self.reporter.warn(f"{name} was {resume[name]}, is now {now}: the resumed run is not exact to the bit")
-        if loaded["optimizer_state"] is not None:
-            self.optimizer.load_state_dict(loaded["optimizer_state"])
-        if self.scaler is not None and resume.get("scaler"):
-            self.scaler.load_state_dict(resume["scaler"])
-        # A kill between the first two files of a save can leave a best loss without its file: the next one is the best.
-        has_best = ckpt.phase_paths(self.job.phase).best.is_file()
-        self.state = RunState(
-            step=loaded["step"],
-            tokens_seen=resume.get("tokens_seen", 0),
-            skipped_steps=resume.get("skipped_steps", 0),
-            best_val_loss=loaded["best_val_loss"] if has_best else None,
-            best_step=resume.get("best_step") if has_best else None,
+    def _model_of(self, source: Path | None) -> tuple[GPT, ckpt.Checkpoint | None]:
+        """The model of a checkpoint, and the checkpoint; without one, the model that this run begins with."""
+        torch.manual_seed(seed_for(self.options.seed, "init"))
+        model = GPT(self.job.resolved.model_cfg, self.job.resolved.arch)
+        if source is None:
+            return model, None
+        loaded = ckpt.load_checkpoint(source, device="cpu")
+        ckpt.validate_model_config_match(loaded["model_cfg"], self.job.resolved.model_cfg)
+        model.load_state_dict(ckpt.build_model(loaded).state_dict())
+        return model, loaded
+
+    def _budget(self, spent: float) -> Budget:
+        batches, rows = eval_shape(self.options)
+        return Budget(
+            self.options,
+            spent_seconds=spent,
+            finished_seconds=self.saver.finished_seconds,
+            began=self.job.began,
+            deadline=self.job.deadline,
+            evaluation_in_steps=len(self.job.evals) * batches * rows / self.stepper.microbatches.rows,
+            save_bytes=MOMENTS * 4 * self.model.num_parameters,
         )
-        return float(resume.get("elapsed_s", 0.0))
 
-    def _identity(self) -> dict[str, Any]:
-        """What the last bits of a result depend on, beyond settings."""
-        return {
-            "torch": str(torch.__version__),
-            "device": self.device,
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "num_threads": torch.get_num_threads(),
-            "precision": self.precision.name,
-            "data": dict(self.job.data),
-        }
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.stepper.optimizer
+
+    def train_step(self, step: int) -> StepResult:
+        """Forward, backward, clipping and update of step number `step`; see `step.Stepper`."""
+        return self.stepper.step(step)
 
     def run(self) -> TrainResult:
         """Train to the end of the budget. Raises Interrupted after a signal, ValueError/OSError if it cannot go on."""
         self.reporter.start(self)
-        with catching_signals() as stop:
-            while not self.budget.done(self.state.step):
+        with catching_signals() as self.stop:
+            if self.state.step % self.options.eval_every == 0 and self.state.evaluated_step != self.state.step:
+                self._after_step()  # a signal came before the evaluation that was due
+            while not self.stop and not self.budget.done(self.state.step):
                 self._one_step()
-                if stop:
-                    self._leave(stop)
             self._finish()
         return TrainResult(
             self.state,
@@ -155,15 +117,17 @@ class Loop:
     def _one_step(self) -> None:
         state, options = self.state, self.options
         began = time.perf_counter()
-        lr = self.budget.learning_rate(state.step)
+        lr = self.budget.learning_rate(state.step) * state.lr_factor
         set_learning_rate(self.optimizer, lr, options)
-        result = self.train_step(state.step)
-        synchronize(self.device)
+        with self.reporter.clock("step"):
+            result = self.train_step(state.step)
+            synchronize(self.device)
         state.step += 1
         state.tokens_seen += result.tokens
-        self._note_skips(result)
         if result.applied:
             self.recent.append(result.loss)
+        seconds = time.perf_counter() - began
+        self.budget.note_step(seconds)
         self.reporter.step(
             StepReport(
                 step=state.step,
@@ -173,144 +137,121 @@ class Loop:
                 loss=result.loss,
                 mean_loss=sum(self.recent) / len(self.recent) if self.recent else math.nan,
                 grad_norm=result.grad_norm,
-                tokens=options.micro_B * options.accum_steps * self.job.resolved.model_cfg.T,
+                tokens=self.stepper.microbatches.rows * self.job.resolved.model_cfg.T,
                 tokens_seen=state.tokens_seen,
-                seconds=time.perf_counter() - began,
-                remaining=self.budget.remaining_seconds(state.step, time.perf_counter() - began),
+                seconds=seconds,
+                remaining=self.budget.remaining_seconds(state.step, seconds),
                 memory=memory_in_use(self.device) if state.step % options.log_every == 0 else 0,
             )
         )
-        is_best = state.step % options.eval_every == 0 and self.evaluate()
-        if is_best or state.step % options.ckpt_every == 0:
-            self._save(is_best, final=False)
+        if self._note_skips(result):
+            self._roll_back()
+        else:
+            self._after_step()
 
-    def _note_skips(self, result: StepResult) -> None:
-        self._skipped_in_a_row = 0 if result.applied else getattr(self, "_skipped_in_a_row", 0) + 1
+    def _note_skips(self, result: StepResult) -> bool:
+        """Count steps that were not finite; True when there are too many in a row."""
+        state = self.state
         if result.applied:
-            return
-        self.state.skipped_steps += 1
-        self.reporter.warn(f"step {self.state.step}: loss or gradient is not finite; the step was skipped")
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise ValueError(
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite; lower training.{self.job.phase}.base_lr"
-                " (or switch amp off) and resume from the last checkpoint"
-            )
+            state.skipped_in_a_row = 0
+            if state.step > state.failed_step:
+                state.rollbacks = 0
+        elif not result.rescaled:
+            state.skipped_in_a_row += 1
+            state.skipped_steps += 1
+            self.reporter.warn(f"step {state.step}: loss or gradient is not finite; the step was skipped")
+        return state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
-    def train_step(self, step: int) -> StepResult:
-        """Forward and backward over the step's microbatches, clip, update. A non-finite step leaves no trace."""
-        options = self.options
-        batches = [self._checked(self.job.next_batch(step, m)) for m in range(options.accum_steps)]
-        valid = sum(int((batch.y != IGNORED).sum()) for batch in batches)
-        if not valid:
-            raise ValueError(f"step {step}: no batch holds a token to learn from; check the data of this phase")
-        nats = 0.0
-        for microbatch, batch in enumerate(batches):
-            torch.manual_seed(seed_for(options.seed, "dropout", step, microbatch))
-            batch = batch.to(self.device)
-            with self.precision.autocast():
-                total: Tensor = self.forward(batch.x, batch.y, segment=batch.segment)
-            loss = total / valid  # so that the gradient is that of the mean over all of the step's tokens
-            (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
-            nats += float(total.detach())
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.grad_clip))
-        finite = math.isfinite(nats) and math.isfinite(norm)
-        if self.scaler is not None:
-            self.scaler.step(self.optimizer)  # type: ignore[arg-type]  # skips by itself when not finite
-            self.scaler.update()
-        elif finite:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(nats / valid, norm, valid, finite)
+    def _after_step(self) -> None:
+        """Evaluate and save if it is time to."""
+        state, options = self.state, self.options
+        due = state.step % options.eval_every == 0 and self.budget.has_room_for_evaluation()
+        is_best = due and self.evaluate()
+        if is_best or state.step % options.ckpt_every == 0:
+            self._save(is_best, on_schedule=True)
 
-    def _checked(self, batch: Batch) -> Batch:
-        V = self.job.resolved.model_cfg.V
-        low, high = int(batch.x.min()), max(int(batch.x.max()), int(batch.y.max()))
-        if low < 0 or high >= V:
+    def _roll_back(self) -> None:
+        """Go back to the last good checkpoint, or the beginning, with a lower learning rate; ValueError in the end."""
+        now, phase = self.state, self.job.phase
+        if now.rollbacks >= MAX_ROLLBACKS:
             raise ValueError(
-                f"a batch holds token id {high if high >= V else low}, the model knows 0..{V - 1} (model.V={V}); "
-                "the caches were built for a larger vocabulary: raise model.V or rebuild them"
+                f"step {now.step}: losses or gradients are not finite, also after {MAX_ROLLBACKS} rollbacks with lower"
+                f" learning rates; lower training.{phase}.base_lr or switch amp off, look at the data, and start anew"
+                " (the last checkpoint is sound)"
             )
-        return batch
+        source, is_of_run = self.saver.rollback_point(now)
+        model, loaded = self._model_of(source)
+        self.model.load_state_dict(model.state_dict())
+        self.stepper.reset_optimizer()
+        self.state = self.saver.restore(loaded, quiet=True)[0] if loaded is not None and is_of_run else RunState()
+        self.state.lr_factor = now.lr_factor * ROLLBACK_FACTOR
+        self.state.rollbacks, self.state.failed_step = now.rollbacks + 1, now.step
+        self.state.skipped_steps, self.state.skipped_in_a_row = now.skipped_steps, 0
+        self.state.best_val_loss, self.state.best_step = now.best_val_loss, now.best_step
+        self.recent.clear()
+        self.reporter.warn(
+            f"step {now.step}: {now.skipped_in_a_row} steps in a row were not finite; back to"
+            f" {source.name if source and is_of_run else 'the beginning'} (step {self.state.step}) with"
+            f" {self.state.lr_factor:g} x the learning rate"
+        )
+        self.reporter.forget_after(self.state.step)
 
     def evaluate(self) -> bool:
         """Measure every validation source; True if the metric improved (never on a non-finite one)."""
+        with self.reporter.clock("evaluation"):
+            return self._evaluate()
+
+    def _evaluate(self) -> bool:
         began = time.perf_counter()
-        self.last_evals = {
-            name: evaluate(self.model, batches(), device=self.device, precision=self.precision)
-            for name, batches in self.job.evals.items()
-        }
-        metric = self.job.metric(self.last_evals) if self.last_evals else math.nan
+        found = self.evaluation.measure(self.stop)
+        if found is None:
+            return False
+        self.last_evals, self._evaluated_now = found, self.state.step
+        sample = self.job.sample(self.model) if self.job.sample is not None else None
+        metric = self.job.metric(found) if found else math.nan
         best = self.state.best_val_loss
         improved = math.isfinite(metric) and (best is None or metric < best)
+        self._best_before = (best, self.state.best_step)
         if improved:
             self.state.best_val_loss, self.state.best_step = metric, self.state.step
-        self.reporter.evaluated(self.state.step, self.last_evals, metric, improved)
-        self.budget.reserve = max(self.budget.reserve, 1.2 * (time.perf_counter() - began))
+        self.state.evaluated_step = self.state.step
+        self.reporter.evaluated(self.state.step, self.last_evals, metric, improved, sample)
+        self.budget.note_evaluation(time.perf_counter() - began)
         return improved and self.options.save_best
 
     def _finish(self) -> None:
-        """Last evaluation and save, unless the last step just did both."""
-        is_best = self.evaluate() if self.state.step % self.options.eval_every else False
-        if self._saved_step != self.state.step or is_best:
-            self._save(is_best, final=True)
+        """Last evaluation and save, unless the last step just did both; after a signal, only the save."""
+        is_best = False
+        if not self.stop and self._evaluated_now != self.state.step:
+            is_best = self.evaluate()
+        if self.stop:
+            self._leave(is_best)
+        if self.saver.saved_step != self.state.step or is_best or not self.saver.is_finished:
+            self._save(is_best, finished=True)
         self.reporter.finish(self.state.step, self.budget.elapsed)
 
-    def _leave(self, stop: StopRequest) -> None:
-        if self._saved_step != self.state.step:
-            self._save(is_best=False, final=True)
+    def _leave(self, is_best: bool) -> None:
+        if self.saver.saved_step != self.state.step or is_best:
+            self._save(is_best)
         raise Interrupted(
-            f"stopped by signal {stop.signum} after step {self.state.step}; saved to "
+            f"stopped by signal {self.stop.signum} after step {self.state.step}; saved to "
             f"{ckpt.phase_paths(self.job.phase).latest}. Run the same command again to go on from there",
-            stop.exit_code,
+            self.stop.exit_code,
         )
 
-    def _save(self, is_best: bool, *, final: bool) -> None:
-        """One durable step file, then its copies. A full disk is an error at the end and a warning on the way."""
-        job, state = self.job, self.state
+    def _save(self, is_best: bool, *, on_schedule: bool = False, finished: bool = False) -> None:
         try:
-            ckpt.save_checkpoint(
-                ckpt.step_path(job.phase, state.step),
-                model_cfg=job.resolved.model_cfg,
-                train_cfg=ckpt.training_record(job.resolved),
-                model=self.model,
-                optimizer=self.optimizer,
-                step=state.step,
-                best_val_loss=state.best_val_loss,
-                resume=self._resume_record(),
-                tokenizer_model=job.tokenizer_model,
-            )
-            ckpt.publish(
-                job.phase,
-                state.step,
-                is_best=is_best,
-                keep_last=self.options.keep_last,
-                sidecar=job.resolved.record(),
-                resumed_from=self.resumed_from,
-            )
-        except OSError as error:
-            if final or not is_disk_full(error):
+            with self.reporter.saving(self.state.step):
+                saved = self.saver.save(
+                    self.state, self.budget, is_best=is_best, on_schedule=on_schedule, finished=finished
+                )
+            if is_best and not saved:  # a best without its file would keep every later one from being saved
+                self.state.best_val_loss, self.state.best_step = self._best_before
+        except ckpt.NotFinite as error:
+            if not on_schedule:
                 raise
-            reason = error.strerror or error
-            self.reporter.warn(f"step {state.step}: not saved: {reason}; trying again at the next save")
-            return
-        self._saved_step = state.step
-
-    def _resume_record(self) -> dict[str, Any]:
-        return {
-            "phase": self.job.phase,
-            "run_id": self.job.resolved.run_id,
-            "seed": self.options.seed,
-            "total_steps": self.options.total_steps,
-            "tokens_seen": self.state.tokens_seen,
-            "skipped_steps": self.state.skipped_steps,
-            "best_step": self.state.best_step,
-            "elapsed_s": self.budget.elapsed,
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "settings": self.job.resolved.settings.model_dump(mode="json"),
-            **self._identity(),
-        }
+            self.reporter.warn(f"step {self.state.step}: not saved: {error}")
+            self._roll_back()
 
 
 def train(

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from niels_gpt.batching import Batch, TokenStream, get_batch
-from niels_gpt.epochs import MixedRows
+from niels_gpt.epochs import TextRows
+from niels_gpt.eval import token_byte_lengths
 from niels_gpt.mixes import open_mixes, text_hashes
 from niels_gpt.rng import generator_for
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
 from niels_gpt.train.report import Reporter
-from niels_gpt.train.start import Overrides, Start, eval_shape, fingerprint, start_phase, weighted_metric
+from niels_gpt.train.sample import sampler_for
+from niels_gpt.train.start import Overrides, Start, TimeLimit, eval_shape, fingerprint, start_phase, weighted_metric
 
 PHASE = "pretrain"
 
@@ -24,6 +26,7 @@ def run_pretrain(
     device: str | None = None,
     resume_path: str | Path | None = None,
     no_auto_resume: bool = False,
+    limit: TimeLimit | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train a model from scratch, or on from its newest checkpoint.
@@ -31,7 +34,9 @@ def run_pretrain(
     config: a settings file, a settings-shaped dict, or None. Returns final_step, best_val_loss, last_val_loss,
     latest_path, best_path.
     """
-    start = start_phase(PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume)
+    start = start_phase(
+        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit
+    )
     job = pretrain_job(start)
     reporter = Reporter(PHASE, start.resolved.run_id, quiet=quiet)
     if start.resume is not None:
@@ -60,23 +65,22 @@ def pretrain_job(start: Start) -> Job:
     (streams, mix), (val_streams, _) = text["train"], text["val"]
     on_caches = start.tokenizer.kind != "byte"
 
-    rows = MixedRows(streams, mix, T, options.seed)
-
-    def next_batch(step: int, microbatch: int) -> Batch:
-        return rows.batch((step * options.accum_steps + microbatch) * options.micro_B, options.micro_B)
-
     return Job(
         phase=PHASE,
         resolved=start.resolved,
-        next_batch=next_batch,
+        batch=TextRows(streams, mix, T, options.seed).batch,
         evals={name: stream_eval(stream, start, T) for name, stream in val_streams.items()},
         metric=lambda evals: weighted_metric(
             options, {"pretrain_val_loss": evals.get(settings.data.val_pretrain_source)}
         ),
         tokenizer_model=start.tokenizer_model,
+        byte_lengths=token_byte_lengths(start.tokenizer),
+        sample=sampler_for(PHASE, settings, start.tokenizer),
         data=fingerprint(settings.data.caches.pretrain_token_cache, streams)
         if on_caches
         else text_hashes(settings, streams),
+        began=start.began,
+        deadline=start.deadline,
     )
 
 

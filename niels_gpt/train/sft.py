@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from niels_gpt.batching import Batch, TokenStream
+from niels_gpt.cache.chat_rows import ChatRows, as_chat_row
 from niels_gpt.cache.format import SftExamples, open_pretrain
-from niels_gpt.cache.sft import open_mix, pack_batch, padded_batch
-from niels_gpt.epochs import MixedRows
+from niels_gpt.cache.sft import open_mix
+from niels_gpt.epochs import TextRows
+from niels_gpt.eval import token_byte_lengths
 from niels_gpt.mixes import open_mixes
-from niels_gpt.model.loss import IGNORED
-from niels_gpt.rng import generator_for
 from niels_gpt.settings import Settings
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import stream_eval
 from niels_gpt.train.report import Reporter
-from niels_gpt.train.start import Overrides, Start, eval_shape, fingerprint, start_phase, weighted_metric
+from niels_gpt.train.sample import sampler_for
+from niels_gpt.train.start import Overrides, Start, TimeLimit, eval_shape, fingerprint, start_phase, weighted_metric
 
 PHASE = "sft"
 TEXT = "text/"  # before the names of replayed sources
@@ -34,13 +35,16 @@ def run_sft(
     resume_path: str | Path | None = None,
     no_auto_resume: bool = False,
     init_model_path: str | Path | None = None,
+    limit: TimeLimit | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune on chats; `init_model_path` gives the weights of a fresh run (optimizer, step and best start anew).
 
     Returns final_step, best_val_loss, last_val_pretrain_loss, last_val_sft_loss, latest_path, best_path.
     """
-    start = start_phase(PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume)
+    start = start_phase(
+        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit
+    )
     job = sft_job(start)
     init = Path(init_model_path) if init_model_path is not None and start.resume is None else None
     reporter = Reporter(PHASE, start.resolved.run_id, quiet=quiet)
@@ -76,29 +80,25 @@ def sft_job(start: Start) -> Job:
     if (stream := _pretrain_val(start, T)) is not None:
         evals["pretrain"] = stream_eval(stream, start, T)
     if settings.data.val_sft_source == "sft":
-        val_sources, val_mix = open_mix(settings, start.tokenizer, "val")
-        evals["sft"] = _chat_eval(val_sources, val_mix, start, T)
+        evals["sft"] = _chat_eval(_chat_rows(*open_mix(settings, start.tokenizer, "val"), start), start)
     elif "pretrain" in evals:
         evals["sft"] = evals["pretrain"]
-    draw, replay = _drawer(start, T), _replayer(start, T)
-
-    def next_batch(step: int, microbatch: int) -> Batch:
-        generator = generator_for(options.seed, "data", step, microbatch)
-        text = replay(step * options.accum_steps + microbatch)
-        rows = options.micro_B - (0 if text is None else len(text.x))
-        chat = draw(sources, mix, rows, generator)
-        return chat if text is None else join_rows(chat, text)
-
+    chats = _chat_rows(sources, mix, start)
+    text = _replayed_text(start, T)
     return Job(
         phase=PHASE,
         resolved=start.resolved,
-        next_batch=next_batch,
+        batch=chats.batch if text is None else Replay(chats, text, settings.data.replay_pretrain).batch,
         evals=evals,
         metric=lambda found: weighted_metric(
             options, {"pretrain_val_loss": found.get("pretrain"), "sft_val_loss": found.get("sft")}
         ),
         tokenizer_model=start.tokenizer_model,
+        byte_lengths=token_byte_lengths(start.tokenizer),
+        sample=sampler_for(PHASE, settings, start.tokenizer),
         data=sft_fingerprint(settings, sources),
+        began=start.began,
+        deadline=start.deadline,
     )
 
 
@@ -111,53 +111,54 @@ def sft_fingerprint(settings: Settings, sources: Iterable[str]) -> dict[str, str
     return found
 
 
-Sources = dict[str, SftExamples]
-Draw = Callable[[Sources, dict[str, float], int, torch.Generator], Batch]
+def _chat_rows(sources: Mapping[str, SftExamples], mix: Mapping[str, float], start: Start) -> ChatRows:
+    """The conversations as the settings want them: packed or padded, and which of their tokens are learnt."""
+    chat, ids = start.settings.sft_format, start.resolved.special_token_ids
+    return ChatRows(
+        sources,
+        mix,
+        start.resolved.model_cfg.T,
+        start.options.seed,
+        eot_id=ids["eot"] if ids else 0,
+        packed=chat.pack_sequences,
+        include_eot=chat.include_eot_in_loss,
+    )
 
 
-def _drawer(start: Start, T: int) -> Draw:
-    """How conversations become rows: packed or padded, and which of their tokens are learnt."""
-    chat = start.settings.sft_format
-    build = pack_batch if chat.pack_sequences else padded_batch
-    eot = start.resolved.special_token_ids["eot"] if start.resolved.special_token_ids else 0
+def _replayed_text(start: Start, T: int) -> TextRows | None:
+    """The text of pretraining, which keeps a model from forgetting what it read; None if no row of it is asked for.
 
-    def draw(sources: Sources, mix: dict[str, float], rows: int, generator: torch.Generator) -> Batch:
-        batch = build(sources, mix, B=rows, T=T, generator=generator, eot_id=eot)
-        if not chat.include_eot_in_loss:
-            batch = replace(batch, y=batch.y.masked_fill(batch.y == eot, IGNORED))
-        return batch
-
-    return draw
-
-
-def _replayer(start: Start, T: int) -> Callable[[int], Batch | None]:
-    """The rows of plain text in the n-th microbatch, which keep a model from forgetting what it read; or None.
-
-    They are read from the end of each epoch: what pretraining with the same seed has not reached comes first.
+    It is read from the end of each epoch: what pretraining with the same seed has not reached comes first.
     """
-    settings = start.settings
-    rows = min(round(start.options.micro_B * settings.data.replay_pretrain), start.options.micro_B - 1)
-    if not rows:
-        return lambda n: None
-    streams, mix = open_mixes(settings, start.tokenizer, T)["train"]
-    mixed = MixedRows(streams, mix, T, start.options.seed, backwards=True)
-    return lambda n: mixed.batch(n * rows, rows)
+    if not start.settings.data.replay_pretrain:
+        return None
+    streams, mix = open_mixes(start.settings, start.tokenizer, T)["train"]
+    return TextRows(streams, mix, T, start.options.seed, backwards=True)
 
 
-def join_rows(chat: Batch, text: Batch) -> Batch:
-    """Rows of chats and of text in one batch; a row of text is one segment."""
-    segment = None if chat.segment is None else torch.cat([chat.segment, torch.zeros_like(text.x)])
-    return Batch(torch.cat([chat.x, text.x]), torch.cat([chat.y, text.y]), segment)
+class Replay:
+    """Rows of chats and, evenly among them, a share of rows of text."""
+
+    def __init__(self, chats: ChatRows, text: TextRows, share: float) -> None:
+        self.chats, self.text, self.share = chats, text, Fraction(share).limit_denominator(1000)
+
+    def batch(self, first: int, rows: int) -> Batch:
+        """Rows first .. first + rows - 1 of the run."""
+        return self.chats.collate([self.row(n) for n in range(first, first + rows)])
+
+    def row(self, n: int) -> np.ndarray:
+        """(3, T+1) int64: row n of the run."""
+        before, after = int(n * self.share), int((n + 1) * self.share)  # rows of text so far
+        return as_chat_row(self.text.row(before)) if after > before else self.chats.row(n - before)
 
 
-def _chat_eval(sources: Sources, mix: dict[str, float], start: Start, T: int) -> Callable[[], Iterable[Batch]]:
-    draw = _drawer(start, T)
+def _chat_eval(chats: ChatRows, start: Start) -> Callable[[], Iterable[Batch]]:
     n_batches, rows = eval_shape(start.options)
+    total = min(n_batches * rows, chats.rows_of_epoch)
 
     def batches() -> Iterator[Batch]:
-        generator = generator_for(start.options.seed, "eval/sft")
-        for _ in range(n_batches):
-            yield draw(sources, mix, rows, generator)
+        for first in range(0, total, rows):
+            yield chats.batch(first, min(rows, total - first))
 
     return batches
 

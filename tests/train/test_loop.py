@@ -77,7 +77,7 @@ def test_accumulation_is_one_large_batch(world: dict[str, Any]) -> None:
     """Two microbatches of 4 rows give the gradient of their 8 rows together, per token, not per microbatch."""
     world["model"]["dropout"] = 0.0
     loop = make_loop(world, "sft")  # rows with different numbers of supervised tokens
-    parts = [loop.job.next_batch(0, m) for m in range(2)]
+    parts = [loop.job.batch(4 * m, 4) for m in range(2)]
     whole = Batch(*(torch.cat([getattr(b, name) for b in parts]) for name in ("x", "y", "segment")))
     counts = [int((b.y != IGNORED).sum()) for b in parts]
     assert counts[0] != counts[1]
@@ -86,16 +86,17 @@ def test_accumulation_is_one_large_batch(world: dict[str, Any]) -> None:
 
 
 def test_replay_puts_rows_of_text_among_the_chats(world: dict[str, Any]) -> None:
-    plain = make_loop(world, "sft").job.next_batch(3, 1)
+    plain = make_loop(world, "sft").job.batch(28, 4)
     world["data"]["replay_pretrain"] = 0.5
     loop = make_loop(world, "sft")
-    mixed = loop.job.next_batch(3, 1)
+    mixed = loop.job.batch(28, 4)
     assert mixed.x.shape == plain.x.shape == (4, workshop.T)
     assert mixed.segment is not None and plain.segment is not None
-    chats, text = mixed.y[:2], mixed.y[2:]
+    chats, text = mixed.y[::2], mixed.y[1::2]
     assert (chats == IGNORED).any() and not (text == IGNORED).any()  # of a text every token is learnt
-    assert torch.equal(mixed.x[2:, 1:], text[:, :-1]) and not mixed.segment[2:].any()
-    assert (plain.y[2:] == IGNORED).any()
+    assert torch.equal(mixed.x[1::2, 1:], text[:, :-1]) and not mixed.segment[1::2].any()
+    assert (plain.y[1::2] == IGNORED).any()
+    assert torch.equal(loop.job.batch(29, 1).x, mixed.x[1:2])  # however the rows are cut
     assert loop.train_step(0).applied
 
 
@@ -117,7 +118,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(world: dict[str, Any], poison
 def test_it_gives_up_after_several_bad_steps_in_a_row(world: dict[str, Any]) -> None:
     loop = make_loop(world)
     loop.model.blocks[0].mlp.fc_a.weight.register_hook(lambda grad: grad * math.nan)
-    with pytest.raises(ValueError, match=r"5 steps in a row were not finite; lower training\.pretrain\.base_lr"):
+    with pytest.raises(ValueError, match=r"not finite, also after 3 rollbacks .* lower training\.pretrain\.base_lr"):
         loop.run()
 
 
@@ -130,7 +131,7 @@ def test_a_loss_that_is_not_finite_never_becomes_the_best(world: dict[str, Any])
 def test_ids_beyond_the_vocabulary_are_named(world: dict[str, Any]) -> None:
     loop = make_loop(world)
     bad = Batch(torch.full((1, 4), workshop.V), torch.zeros(1, 4, dtype=torch.int64))
-    object.__setattr__(loop.job, "next_batch", lambda step, microbatch: bad)
+    object.__setattr__(loop.job, "batch", lambda first, rows: bad)
     with pytest.raises(ValueError, match=r"token id 512, the model knows 0\.\.511"):
         loop.train_step(0)
 
@@ -138,14 +139,14 @@ def test_ids_beyond_the_vocabulary_are_named(world: dict[str, Any]) -> None:
 def test_a_signal_saves_at_the_next_step_and_says_how_to_go_on(world: dict[str, Any]) -> None:
     start = start_phase("pretrain", world, device="cpu", resume_path=None, no_auto_resume=True)
     job = pretrain_job(start)
-    draw = job.next_batch
+    draw = job.batch
 
-    def interrupting(step: int, microbatch: int) -> Batch:
-        if (step, microbatch) == (2, 0):
+    def interrupting(first: int, rows: int) -> Batch:
+        if first == 2 * 8:  # the first microbatch of step 2
             signal.raise_signal(signal.SIGTERM)
-        return draw(step, microbatch)
+        return draw(first, rows)
 
-    object.__setattr__(job, "next_batch", interrupting)
+    object.__setattr__(job, "batch", interrupting)
     with pytest.raises(Interrupted, match="Run the same command again") as stopped:
         train(job, device="cpu", reporter=Reporter("pretrain", "r", quiet=True))
     assert stopped.value.exit_code == 128 + signal.SIGTERM
@@ -304,13 +305,13 @@ def stop_after(world: dict[str, Any], step: int) -> None:
     """Train to a step and save there as an interruption does, with the schedule of the whole run."""
     start = start_phase("pretrain", world, device="cpu", resume_path=None, no_auto_resume=False)
     job = pretrain_job(start)
-    batches = job.next_batch
+    draw = job.batch
 
-    def next_batch(at: int, microbatch: int) -> Batch:
-        if at == step - 1 and microbatch == 0 and step < 8:
+    def batch(first: int, rows: int) -> Batch:
+        if first == (step - 1) * 8 and step < 8:
             signal.raise_signal(signal.SIGINT)  # honoured when the step is done
-        return batches(at, microbatch)
+        return draw(first, rows)
 
     reporter = Reporter("pretrain", start.resolved.run_id, quiet=True)
     with contextlib.suppress(Interrupted):
-        train(replace(job, next_batch=next_batch), device="cpu", reporter=reporter, resume=start.resume)
+        train(replace(job, batch=batch), device="cpu", reporter=reporter, resume=start.resume)

@@ -69,7 +69,7 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
 
 
 def with_batches(job: Job, batches: Any) -> Job:
-    return replace(job, next_batch=lambda step, microbatch: next(batches))
+    return replace(job, batch=lambda first, rows: next(batches))
 
 
 def test_thirty_steps_of_pretraining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

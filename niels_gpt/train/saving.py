@@ -1,0 +1,175 @@
+"""What of a run goes into a checkpoint, and back: weights, optimizer, counters, and what the last bits depend on."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from niels_gpt import checkpoint as ckpt
+from niels_gpt.files import is_disk_full
+from niels_gpt.train.budget import Budget
+from niels_gpt.train.job import Job
+from niels_gpt.train.report import Reporter
+from niels_gpt.train.state import RunState
+from niels_gpt.train.step import Stepper
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint whose weights a run began with."""
+
+    path: str
+    run_id: str | None
+    step: int
+
+    @classmethod
+    def of(cls, path: Path, loaded: ckpt.Checkpoint) -> Origin:
+        return cls(str(path), (loaded["resume"] or {}).get("run_id"), loaded["step"])
+
+    def is_still_there(self) -> bool:
+        path = Path(self.path)
+        return ckpt.is_good(path) and self == Origin.of(path, ckpt.load_checkpoint(path, device="cpu"))
+
+
+class Saver:
+    """Saves and restores one phase of one run."""
+
+    def __init__(self, job: Job, stepper: Stepper, reporter: Reporter, resumed_from: Path | None) -> None:
+        self.job, self.stepper, self.reporter, self.resumed_from = job, stepper, reporter, resumed_from
+        self.options = job.options
+        self.saved_step = -1
+        self.origin: Origin | None = None
+        self.is_finished = False  # what the newest checkpoint says
+        self.finished_seconds: float | None = None  # the time budget that it has completed
+
+    def restore(self, loaded: ckpt.Checkpoint, *, quiet: bool = False) -> tuple[RunState, float]:
+        """Load optimizer and scaler; returns the counters and the seconds already spent."""
+        resume: dict[str, Any] = loaded["resume"] or {}
+        if not quiet:
+            self._warn_of_changes(resume)
+        stepper = self.stepper
+        if loaded["optimizer_state"] is not None:
+            stepper.optimizer.load_state_dict(loaded["optimizer_state"])
+        if stepper.scaler is not None and resume.get("scaler"):
+            stepper.scaler.load_state_dict(resume["scaler"])
+        if resume.get("batch") == self._batch() and resume["microbatch"] < stepper.microbatches.size:  # memory ran out
+            stepper.microbatches = stepper.microbatches.smaller(resume["microbatch"]) or stepper.microbatches
+        self.origin = Origin(**resume["origin"]) if resume.get("origin") else None
+        known = {f.name: resume[f.name] for f in fields(RunState) if f.name in resume}
+        # A kill between the first two files of a save can leave a best loss without its file: the next one is the best.
+        has_best = ckpt.phase_paths(self.job.phase).best.is_file()
+        step, best = loaded["step"], loaded["best_val_loss"]
+        state = RunState(**{"good_step": step, "evaluated_step": step, **known, "step": step, "best_val_loss": best})
+        if not has_best:
+            state.best_val_loss = state.best_step = None
+        self.saved_step = step
+        self.is_finished, self.finished_seconds = resume.get("is_finished", False), resume.get("finished_s")
+        return state, float(resume.get("elapsed_s", 0.0))
+
+    def rollback_point(self, state: RunState) -> tuple[Path | None, bool]:
+        """The last good checkpoint and True; else what the run began with (None: random weights) and False."""
+        if state.good_step is not None:
+            path = ckpt.step_path(self.job.phase, state.good_step)
+            if ckpt.is_good(path):
+                record = ckpt.load_checkpoint(path, device="cpu")["resume"] or {}
+                if record.get("run_id") == self.job.resolved.run_id:
+                    return path, True
+        elif self.origin is None:
+            return None, False
+        elif self.origin.is_still_there():
+            return Path(self.origin.path), False
+        if self.resumed_from is not None and ckpt.is_good(self.resumed_from):
+            return self.resumed_from, True
+        raise ValueError("there is no sound checkpoint left to roll back to, and training cannot go on from here")
+
+    def _warn_of_changes(self, resume: dict[str, Any]) -> None:
+        if resume.get("phase", self.job.phase) != self.job.phase:
+            self.reporter.warn(f"this checkpoint was saved by phase {resume['phase']}, this run is {self.job.phase}")
+        planned = resume.get("total_steps", self.options.total_steps)
+        if planned != self.options.total_steps:
+            self.reporter.warn(f"total_steps was {planned}, is now {self.options.total_steps}: the schedule changes")
+        for name, now in self._identity().items():
+            if resume.get(name, now) != now:
+                self.reporter.warn(f"{name} was {resume[name]}, is now {now}: the resumed run is not exact to the bit")
+
+    def _identity(self) -> dict[str, Any]:
+        """What the last bits of a result depend on, beyond settings."""
+        return {
+            "torch": str(torch.__version__),
+            "device": self.stepper.device,
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "num_threads": torch.get_num_threads(),
+            "precision": self.stepper.precision.name,
+            "compiled": self.stepper.compiled,
+            "data": dict(self.job.data),
+        }
+
+    def _batch(self) -> list[int]:
+        """The step's batch as the settings cut it: a smaller cut of the same one is kept, of another one it is not."""
+        return [self.options.micro_B, self.options.accum_steps]
+
+    def save(self, state: RunState, budget: Budget, *, is_best: bool, on_schedule: bool, finished: bool) -> bool:
+        """One durable step file, then its copies; False if the disk was full, which is a warning on the way.
+
+        on_schedule: a run that nothing disturbs saves here, too: a place to roll back to. finished: nothing follows.
+        Raises OSError if the disk is full at the end, NotFinite if the weights are no numbers any more.
+        """
+        job, began = self.job, time.perf_counter()
+        good_step = state.good_step
+        if on_schedule and not state.skipped_in_a_row:
+            state.good_step = state.step
+        spared = [self.resumed_from, None if state.good_step is None else ckpt.step_path(job.phase, state.good_step)]
+        try:
+            ckpt.save_checkpoint(
+                ckpt.step_path(job.phase, state.step),
+                model_cfg=job.resolved.model_cfg,
+                train_cfg=ckpt.training_record(job.resolved),
+                model=self.stepper.model,
+                optimizer=self.stepper.optimizer,
+                step=state.step,
+                best_val_loss=state.best_val_loss,
+                resume=self._resume_record(state, budget, finished=finished),
+                tokenizer_model=job.tokenizer_model,
+            )
+            ckpt.publish(
+                job.phase,
+                state.step,
+                is_best=is_best,
+                keep_last=self.options.keep_last,
+                keep_every=self.options.keep_every,
+                sidecar=job.resolved.record(),
+                spared=[path for path in spared if path is not None],
+            )
+        except (OSError, ckpt.NotFinite) as error:
+            state.good_step = good_step
+            if isinstance(error, ckpt.NotFinite) or not (on_schedule and is_disk_full(error)):
+                raise
+            reason = error.strerror or error
+            self.reporter.warn(f"step {state.step}: not saved: {reason}; trying again at the next save")
+            return False
+        self.saved_step, self.is_finished = state.step, finished
+        budget.note_save(time.perf_counter() - began)
+        return True
+
+    def _resume_record(self, state: RunState, budget: Budget, *, finished: bool) -> dict[str, Any]:
+        stepper = self.stepper
+        return {
+            **{name: value for name, value in asdict(state).items() if name not in ("step", "best_val_loss")},
+            "phase": self.job.phase,
+            "run_id": self.job.resolved.run_id,
+            "seed": self.options.seed,
+            "total_steps": self.options.total_steps,
+            "elapsed_s": budget.elapsed,
+            "origin": None if self.origin is None else asdict(self.origin),
+            "is_finished": finished,
+            "finished_s": budget.seconds if finished else None,
+            "batch": self._batch(),
+            "microbatch": stepper.microbatches.size,
+            "scaler": None if stepper.scaler is None else stepper.scaler.state_dict(),
+            "settings": self.job.resolved.settings.model_dump(mode="json"),
+            **self._identity(),
+        }
