@@ -151,6 +151,7 @@ def peak_memory(name: str, candidate: str, precision: str, args: argparse.Namesp
         str(Path(__file__).resolve()),
         "--child",
         candidate,
+        *(["--rows", str(args.rows)] if args.rows else []),
         "--shape",
         name,
         "--precision",
@@ -223,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--rounds", type=int, default=8, help="timed steps of each candidate (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rows", type=int, metavar="B", help="rows of a step, instead of the shape's own")
     parser.add_argument("--precision", choices=[*PRECISIONS], help="default: fp32 on CPUs, bf16 on GPUs")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only these, by name or a part of it")
@@ -254,6 +256,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     keep_freed_memory()
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
+    for shape in SHAPES.values() if args.rows else ():
+        shape["B"] = args.rows
     print(machine(args.device))
     on_cpu = args.device == "cpu"
     groups = [list(WITHOUT_DROPOUT), list(WITH_DROPOUT)] if on_cpu else [list(ON_GPU)]
