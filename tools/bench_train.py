@@ -127,8 +127,7 @@ def measure(name: str, names: list[str], precision: str, rounds: int, device: st
     shape = SHAPES[name]
     built = build(names, shape, precision, random_batch(shape, device))
     peaks: list[float] = []
-    size = 2048 if device == "cpu" else 8192
-    gemm = Candidate(lambda: peaks.append(gemm_peak(PRECISIONS[precision], size, rounds=3, device=device)), 0)
+    gemm = Candidate(lambda: peaks.append(gemm_peak(PRECISIONS[precision], rounds=3, device=device)), 0)
     steps = {key: candidate.step for key, candidate in ({"GEMM": gemm} | built).items()}
     seconds = interleaved(steps, warmup=WARMUP, rounds=rounds, device=device)
     rows = []
@@ -158,6 +157,7 @@ def peak_memory(name: str, candidate: str, precision: str, args: argparse.Namesp
         precision,
     ]
     command += ["--device", args.device, "--threads", str(args.threads)]
+    command += ["--rows", str(args.rows)] if args.rows else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"memory of {candidate}: {(done.stderr.strip().splitlines() or ['?'])[-1]}", file=sys.stderr)
