@@ -12,7 +12,7 @@ import torch
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.config import TrainConfig
-from niels_gpt.device import keep_freed_memory, resolve_device
+from niels_gpt.device import keep_freed_memory, resolve_device, use_deterministic_kernels
 from niels_gpt.eval import EvalResult
 from niels_gpt.files import sha256_file
 from niels_gpt.paths import ensure_dirs
@@ -100,6 +100,8 @@ def start_phase(
         torch.set_num_threads(reproducibility.torch_num_threads)
     if reproducibility.torch_matmul_precision is not None:
         torch.set_float32_matmul_precision(reproducibility.torch_matmul_precision)
+    if reproducibility.deterministic:
+        use_deterministic_kernels()
     return Start(resolved, chosen, open_tokenizer(resolved.settings), resume, began, limit.deadline)
 
 
