@@ -176,7 +176,7 @@ class ReproducibilitySettings(Section):
     torch_num_threads: int | None = knob(None, "CPU threads of PyTorch; null = its own choice", ge=1, le=4096)
     torch_matmul_precision: MatmulPrecision | None = knob(None, "float32 matmul precision; null = PyTorch's default")
     deterministic: bool = knob(
-        False, "only kernels that repeat to the bit; CPUs do without it, on GPUs it makes a resumed run exact, and slower"
+        False, "only kernels that repeat to the bit: on GPUs, for a resumed run that is exact, and slower"
     )
     dataset_shuffle_buffer_size: int = knob(
         10000, "documents in the shuffle buffer of a streamed source", ge=1, le=MANY

@@ -52,7 +52,9 @@ class Stepper:
             (self.optimizer.state_dict(), None if self.scaler is None else self.scaler.state_dict())
         )
         self.compiled = self.options.compile
-        self.forward: Callable[..., Tensor] = torch.compile(model) if self.compiled else model
+        if self.compiled:
+            model.compile_blocks()
+        self.forward: Callable[..., Tensor] = model
         self.microbatches = Microbatches(self.options.micro_B, self.options.accum_steps)
 
     def reset_optimizer(self) -> None:
@@ -128,7 +130,8 @@ class Stepper:
             free_memory(self.device)
             self._shrink(step, failure)
         else:
-            self.compiled, self.forward = False, self.model
+            self.compiled = False
+            self.model.leave_blocks_eager()
             self.warn(
                 f"torch.compile failed ({_first_line(failure)}); going on without it. Set"
                 f" training.{self.job.phase}.compile to false to start this way"

@@ -339,13 +339,13 @@ def test_training_goes_on_without_a_compiler(world: dict[str, Any], tmp_path: Pa
 def test_whatever_the_compiler_raises(
     world: dict[str, Any], where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def compile_(model: Any) -> Any:
+    def compile_(block: Any, **_: Any) -> Any:
         def forward(*a: Any, **k: Any) -> torch.Tensor:
             if where == "forward":
                 raise ImportError("no module named triton") from OSError("libtriton.so: not found")
-            total: torch.Tensor = model(*a, **k)
-            total.register_hook(lambda grad: exec("raise AssertionError('lowering failed')"))
-            return total
+            h: torch.Tensor = block(*a, **k)
+            h.register_hook(lambda grad: exec("raise AssertionError('lowering failed')"))
+            return h
 
         return forward
 
