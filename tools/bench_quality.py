@@ -61,17 +61,17 @@ def work(spec: Spec, cores: Sequence[int], folder: Path, barrier: Any, messages:
     def say(point: Point) -> None:
         if os.getppid() != parent:
             raise RuntimeError("the benchmark that started this run is gone")
-        messages.put((spec.name, "point", point))
+        messages.put((spec.label, "point", point))
 
     try:
         folder.mkdir()
         os.chdir(folder)
-        messages.put((spec.name, "run", run_system(spec, ready=barrier.wait, say=say)))
+        messages.put((spec.label, "run", run_system(spec, ready=barrier.wait, say=say)))
     except threading.BrokenBarrierError:  # another run failed, and says why
         sys.exit(1)
     except Exception as error:
         expected = isinstance(error, (ValueError, OSError, RuntimeError))
-        messages.put((spec.name, "error", explained(error) if expected else traceback.format_exc()))
+        messages.put((spec.label, "error", explained(error) if expected else traceback.format_exc()))
         barrier.abort()
         sys.exit(1)
 
@@ -82,15 +82,15 @@ def run_together(specs: Sequence[Spec], progress: Progress) -> list[Run]:
     barrier, messages = context.Barrier(len(specs)), context.Queue()
     cores = usable_cores()
     os.environ["OMP_NUM_THREADS"] = str(specs[0].threads)
-    bars = {s.name: progress.add_task(f"{s.name}: starting", total=s.points + 1) for s in specs}
+    bars = {s.label: progress.add_task(f"{s.label}: starting", total=s.points + 1) for s in specs}
     runs: dict[str, Run] = {}
     with tempfile.TemporaryDirectory() as scratch:
         processes = {}
         for i, spec in enumerate(specs):
             own = cores[i * spec.threads : (i + 1) * spec.threads]
             about = (spec, own, Path(scratch) / str(i), barrier, messages)
-            processes[spec.name] = context.Process(target=work, args=about, daemon=True)
-            processes[spec.name].start()
+            processes[spec.label] = context.Process(target=work, args=about, daemon=True)
+            processes[spec.label].start()
         try:
             while len(runs) < len(specs):
                 name, kind, value = next_message(messages, processes, runs)
@@ -102,7 +102,7 @@ def run_together(specs: Sequence[Spec], progress: Progress) -> list[Run]:
                     show_point(progress, bars[name], name, value)
         finally:
             end(list(processes.values()), patience=PATIENCE if len(runs) == len(specs) else 0)
-    return [runs[spec.name] for spec in specs]
+    return [runs[spec.label] for spec in specs]
 
 
 def end(processes: Sequence[Any], patience: float) -> None:
@@ -144,18 +144,19 @@ def usable_cores() -> list[int]:
 
 
 def make_specs(args: argparse.Namespace, overrides: dict[str, Any], results: Results) -> list[Spec]:
-    common = {"minutes": args.minutes, "seed": args.seed, "overrides": overrides, "windows": args.windows}
+    common = {"seed": args.seed, "overrides": overrides, "windows": args.windows}
     common |= {"points": args.points, "threads": args.threads}
+    full, half = {"minutes": args.minutes, **common}, {"minutes": args.minutes / 2, **common}
     choices = list(itertools.product(args.peer_lr, args.peer_batch))
     if args.peer_lr == [BEST]:
         best = results.best_peer()
         if best is None:
             raise ValueError(f"--peer-lr {BEST} needs an earlier run of the peer in {args.out}; run a short one first")
         choices = [(best.lr, best.batch)]
-    specs = [Spec(OURS, **common)] if args.only in (None, OURS) else []
+    specs = [Spec(OURS, **full)] if args.only in (None, OURS) else []
     if args.only in (None, PEER):
-        specs += [Spec(PEER, **common, lr=lr, batch=batch) for lr, batch in choices]
-    return specs
+        specs += [Spec(PEER, **full, lr=lr, batch=batch) for lr, batch in choices]
+    return specs + ([Spec(OURS, **half)] if args.half else [])
 
 
 def setup_of(text: Text, args: argparse.Namespace) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def measure(args: argparse.Namespace, console: Console) -> None:
     out: Path = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     console.print("text: tokenizer and caches", markup=False)
-    overrides = make_overrides(args.config, out / "text", minutes=args.minutes, seed=args.seed)
+    overrides = make_overrides(args.config, out / "text", seed=args.seed)
     build_text(overrides)
     text = open_text(overrides, args.windows)
     path = out / "results.json"
@@ -189,9 +190,10 @@ def measure(args: argparse.Namespace, console: Console) -> None:
     together = max(1, len(usable_cores()) // args.threads)
     groups = [specs[i : i + together] for i in range(0, len(specs), together)]
     if groups:
+        minutes = sum(max(spec.minutes for spec in group) for group in groups)
         console.print(
-            f"{len(specs)} runs of {args.minutes:g} minutes, {min(together, len(specs))} at a time on {args.threads} "
-            f"thread(s) each: {args.minutes * len(groups):g} minutes of training, and their evaluations",
+            f"{len(specs)} runs, {min(together, len(specs))} at a time on {args.threads} thread(s) each: "
+            f"{minutes:g} minutes of training, and their evaluations",
             markup=False,
         )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -205,6 +207,7 @@ def measure(args: argparse.Namespace, console: Console) -> None:
 
 def show(results: Results, args: argparse.Namespace, out: Path, console: Console) -> None:
     runs = results.of(args.minutes, args.threads, args.seed)
+    half = next((run for run in results.of(args.minutes / 2, args.threads, args.seed) if run.system == OURS), None)
     console.print(f"\n{machine()}", markup=False)
     if not runs:
         if results.floor:
@@ -212,7 +215,7 @@ def show(results: Results, args: argparse.Namespace, out: Path, console: Console
         return
     picture = out / f"quality-{args.minutes:g}min.svg"
     write_text(picture, plot(runs, results.floor))
-    console.print(f"\n{table(runs, results.floor)}\n\n{verdict(runs, results.floor)}", markup=False)
+    console.print(f"\n{table(runs, results.floor)}\n\n{verdict(runs, results.floor, half)}", markup=False)
     console.print(f"\nresults: {out / 'results.json'}; plot: {picture}", markup=False)
 
 
@@ -222,10 +225,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="cores of each run (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench/quality"), help="folder (default: %(default)s)")
     parser.add_argument("--only", choices=(OURS, PEER, FLOOR), help="one of them; the results of others stay")
+    parser.add_argument("--half", action="store_true", help="also a run of ours of half the minutes")
     parser.add_argument("--peer-lr", nargs="+", type=rate, default=list(PEER_RATES), metavar="X", help=LR_HELP)
     parser.add_argument("--peer-batch", nargs="+", type=int, default=list(PEER_BATCHES), metavar="N", help=BATCH_HELP)
     parser.add_argument("--points", type=int, default=10, help="evaluations on the way (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=256, help="held-out windows of an evaluation (%(default)s)")
+    parser.add_argument("--windows", type=int, default=128, help="held-out windows of an evaluation (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of weights and order (default: %(default)s)")
     parser.add_argument("--config", type=Path, default=paths.shipped(CONFIG), help=f"settings (default: {CONFIG})")
     args = parser.parse_args(argv)

@@ -130,23 +130,29 @@ def table(runs: Sequence[Run], floor: Floor | None) -> str:
     return "\n".join(lines)
 
 
-def verdict(runs: Sequence[Run], floor: Floor | None) -> str:
-    """Whether the targets are met, in sentences."""
+def verdict(runs: Sequence[Run], floor: Floor | None, half: Run | None = None) -> str:
+    """Whether the targets are met, in sentences. half: ours in half the time, with a schedule that ends there."""
     said = []
     found = compare(runs)
     if found is not None and found.our_minutes is not None and found.ratio is not None:
         met = "met" if found.ratio <= TARGET else "NOT met"
         said.append(
-            f"Ours reaches the last {found.peer_bits:.4f} of {found.peer} ({found.peer_minutes:.2f} minutes) after "
-            f"{found.our_minutes:.2f} minutes: {found.ratio:.2f} of its time (target {TARGET:g}: {met}), "
+            f"On its way ours reaches the last {found.peer_bits:.4f} of {found.peer} ({found.peer_minutes:.2f} min) "
+            f"after {found.our_minutes:.2f} minutes: {found.ratio:.2f} of its time (target {TARGET:g}: {met}), "
             f"and ends at {found.our_bits:.4f}."
         )
     elif found is not None:
         said.append(f"Ours ends at {found.our_bits:.4f} and has NOT reached the peer's {found.peer_bits:.4f}.")
+    if found is not None and half is not None:
+        met = "met" if half.points[-1].bits <= found.peer_bits else "NOT met"
+        said.append(
+            f"A run of ours of {half.minutes:g} minutes ends at {half.points[-1].bits:.4f}, "
+            f"{half.points[-1].minutes / found.peer_minutes:.2f} of the peer's time (target {TARGET:g}: {met})."
+        )
     peers = [run for run in runs if run.system == PEER]
-    if len(peers) > 2:
+    if len({run.lr for run in peers}) > 2:
         best = min(peers, key=lambda run: run.points[-1].bits)
-        if best in (peers[0], peers[-1]):
+        if best.lr in (peers[0].lr, peers[-1].lr):
             said.append(f"The peer's best learning rate, {best.lr:g}, is at the edge of those tried: try further.")
     for run in runs if floor else []:
         assert floor is not None

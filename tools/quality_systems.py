@@ -25,7 +25,8 @@ from niels_gpt.train.budget import Budget
 from niels_gpt.train.loop import Loop, train
 from niels_gpt.train.pretrain import PHASE, pretrain_job
 from niels_gpt.train.report import Reporter, StepReport
-from niels_gpt.train.start import start_phase
+from niels_gpt.train.start import TimeLimit, start_phase
+from tools.bench_common import KEYS, hugging_face_twin
 from tools.quality_text import Text, open_text
 
 OURS, PEER = "ours", "peer"
@@ -49,6 +50,11 @@ class Spec:
     @property
     def name(self) -> str:
         return OURS if self.system == OURS else f"{PEER} {self.lr:g} x{self.batch}"
+
+    @property
+    def label(self) -> str:
+        """The name, and for how long: one of its kind among the runs of a round."""
+        return f"{self.name}, {self.minutes:g} min"
 
     @property
     def rows(self) -> int:
@@ -215,8 +221,11 @@ class Watcher(Reporter):
 
 def run_ours(course: Course) -> Run:
     """Pretraining by the project's own settings and loop, its checkpoints and metrics included."""
-    start = start_phase(PHASE, course.spec.overrides, device=course.device, resume_path=None, no_auto_resume=True)
-    job = dataclasses.replace(pretrain_job(start), evals={})  # the course evaluates
+    limit = TimeLimit(course.spec.minutes)
+    start = start_phase(
+        PHASE, course.spec.overrides, device=course.device, resume_path=None, no_auto_resume=True, limit=limit
+    )
+    job = dataclasses.replace(pretrain_job(start), evals={}, sample=None)  # the course evaluates
     watcher = Watcher(course, start.resolved.run_id)
     try:
         train(job, device=start.device, reporter=watcher)
@@ -243,39 +252,23 @@ class Blocks(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 class Scored(nn.Module):
-    """A transformers model behind the face that `eval.bits_per_byte` knows."""
+    """A transformers model behind the face that `eval.evaluate` knows."""
 
     def __init__(self, model: nn.Module, T: int) -> None:
         super().__init__()
         self.model, self.cfg = model, SimpleNamespace(T=T)
 
-    def forward(self, x: Tensor, y: Tensor, *, segment: None = None) -> Tensor:
-        logits: Tensor = self.model(input_ids=x, use_cache=False).logits
-        return nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), y.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+    def forward(self, x: Tensor, y: Tensor, *, segment: None = None, apart: Tensor | None = None) -> Tensor:
+        """Summed nats over targets y, 0-d; with `apart`, of them and over those targets as well, (2,)."""
+        nats = -self.model(input_ids=x, use_cache=False).logits.float().log_softmax(dim=-1)
+        targets = [y] if apart is None else [y, apart]
+        sums = [nats.gather(2, t.clamp_min(0)[..., None])[..., 0].masked_fill(t == IGNORED, 0).sum() for t in targets]
+        return sums[0] if apart is None else torch.stack(sums)
 
 
 def llama(settings: Settings) -> nn.Module:
-    """LlamaForCausalLM of this project's shape: the same but for QK-norm, which Llama does not have."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = settings.model
-    config = LlamaConfig(
-        vocab_size=model.V,
-        hidden_size=model.C,
-        intermediate_size=model.d_ff,
-        num_hidden_layers=model.L,
-        num_attention_heads=model.H,
-        num_key_value_heads=model.H,
-        max_position_embeddings=model.T,
-        attention_dropout=model.dropout,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
+    """LlamaForCausalLM of this project's shape, without QK-norm and dropout, which Llama does not have."""
+    return hugging_face_twin({key: getattr(settings.model, key) for key in KEYS}, "Llama")
 
 
 def run_peer(course: Course) -> Run:

@@ -22,15 +22,15 @@ from tools.quality_ngram import KneserNey
 EVAL_ROWS = 32
 
 
-def make_overrides(config: Path, folder: Path, *, minutes: float, seed: int) -> dict[str, Any]:
-    """A config's settings for one run of pretraining alone that lasts `minutes`; files go to `folder`.
+def make_overrides(config: Path, folder: Path, *, seed: int) -> dict[str, Any]:
+    """A config's settings for runs of pretraining alone; files go to `folder`.
 
     The learning rate falls to where the config's last phase ends, as nothing follows that would end the schedule.
     """
     overrides = load_overrides(config)
     settings = validate_overrides(overrides)
     folder = folder.resolve()
-    pretrain = {"minutes": minutes, "seed": seed, "min_lr": settings.training.sft.min_lr}
+    pretrain = {"seed": seed, "min_lr": settings.training.sft.min_lr}
     overrides.setdefault("training", {}).setdefault("pretrain", {}).update(pretrain)
     overrides.setdefault("tokenizer", {})["model_path"] = str(folder / "tokenizer" / "spm.model")
     overrides.setdefault("data", {}).setdefault("caches", {})["pretrain_token_cache"] = str(folder / "cache")

@@ -120,7 +120,7 @@ def test_discounts() -> None:
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Text:
     folder = tmp_path_factory.mktemp("quality")
     (folder / "tiny.json").write_text(json.dumps(TINY))
-    overrides = make_overrides(folder / "tiny.json", folder, minutes=1, seed=3)
+    overrides = make_overrides(folder / "tiny.json", folder, seed=3)
     build_text(overrides)
     return open_text(overrides, max_windows=5)
 
@@ -138,8 +138,8 @@ def test_the_floor_scores_the_bytes_the_models_are_scored_on(tiny_text: Text) ->
     class Uniform(torch.nn.Module):
         cfg = tiny_text.settings.model
 
-        def forward(self, x: torch.Tensor, y: torch.Tensor, *, segment: None = None) -> torch.Tensor:
-            return (y != -100).sum() * math.log(2)  # a bit a token
+        def forward(self, x: torch.Tensor, y: torch.Tensor, *, segment: None, apart: torch.Tensor) -> torch.Tensor:
+            return torch.stack([(targets != -100).sum() for targets in (y, apart)]) * math.log(2)  # a bit a token
 
     bits = tiny_text.bits(Uniform(), device="cpu", precision=choose_precision("cpu", False, "bf16"), everything=True)
     windows = [held_out[i + 1 : i + T + 1] for i in range(0, len(held_out) - T, T)]
@@ -156,9 +156,15 @@ def test_the_peer_has_our_shape_and_is_scored_alike(tiny_text: Text) -> None:
     assert sum(p.numel() for p in model.parameters()) == ours - settings.L * 2 * head  # Llama has no QK-norm
     rows = torch.randint(settings.V, (2, settings.T))
     with torch.no_grad():
-        nats = Scored(model, settings.T)(rows[:, :-1], rows[:, 1:])
+        targets = rows[:, 1:].clone()
+        apart = targets.masked_fill(targets > settings.V // 2, -100)
+        nats = Scored(model, settings.T)(rows[:, :-1], targets)
+        both = Scored(model, settings.T)(rows[:, :-1], targets, apart=apart)
+        targets[apart != -100] = -100
+        rest = Scored(model, settings.T)(rows[:, :-1], targets)
         mean = model(input_ids=rows, labels=rows).loss
     assert nats.item() == pytest.approx(mean.item() * 2 * (settings.T - 1), rel=1e-5)
+    assert both[0] == nats and 0 < both[1] < nats and (both[0] - both[1]).item() == pytest.approx(rest.item(), rel=1e-5)
 
 
 def test_blocks_hold_the_training_text_once(tiny_text: Text) -> None:
@@ -274,7 +280,10 @@ def test_table_and_verdict() -> None:
     said = verdict(runs, FLOOR)
     assert "after 1.75 minutes: 0.43 of its time (target 0.5: met)" in said
     assert "peer 0.003 does NOT beat" in said and "ours does" not in said and "edge" not in said
-    assert "0.001, is at the edge" in verdict([PEERS[1], PEERS[2], PEERS[2]], None)
+    half = made_run(OURS, [(0, 8.0), (2.0, 2.2)])
+    assert "ends at 2.2000, 0.49 of the peer's time (target 0.5: met)" in verdict(runs, FLOOR, half)
+    assert "(target 0.5: NOT met)" in verdict(runs, FLOOR, made_run(OURS, [(0, 8.0), (2.0, 2.3)]))
+    assert "0.001, is at the edge" in verdict([PEERS[1], PEERS[2], made_run(PEER, [(0, 8.0), (4, 2.9)], 0.02)], None)
     slow = made_run(OURS, [(0, 8.0), (4.0, 2.2)])
     assert "NOT met" in verdict([slow, *PEERS], None)
     assert "has NOT reached" in verdict([made_run(OURS, [(0, 8.0), (4, 3.0)]), *PEERS], None)
