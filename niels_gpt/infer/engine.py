@@ -191,16 +191,21 @@ class _CapturedStep:
         self._model, self._cache = model, cache
         self._given = torch.zeros(3, cache.B, dtype=torch.long, device=cache.k.device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._capturable = True
         self._logits = torch.empty(0)
 
     def __call__(self, tokens: list[int], positions: list[int], rows: Sequence[int]) -> Tensor:
         live = [int(row in rows) for row in range(self._cache.B)]
         self._given.copy_(torch.tensor([tokens, positions, live]))
-        if self._graph is None:
-            self._capture()
-        else:
+        if self._graph is not None:
             self._graph.replay()
-        return self._logits.cpu()
+        elif self._capturable:
+            try:
+                self._capture()
+            except RuntimeError as error:  # a driver or an operator that cannot be captured: slower, not wrong
+                self._capturable = False
+                warnings.warn(f"decoding without a CUDA graph: {error}", stacklevel=2)
+        return (self._run() if self._graph is None else self._logits).cpu()
 
     def _run(self) -> Tensor:
         tokens, positions, live = self._given

@@ -293,3 +293,16 @@ class TestBuild:
         if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
             monkeypatch.setattr(build, "NATIVE", "-march=haswell")  # AVX2 without AVX512
         check_parity()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_gpu_writes_what_a_cpu_writes() -> None:
+    model, ids = varied_model(), random_ids(5, 61)
+    expected = [s.token_id for s in stream_steps(model, ids, max_new_tokens=60, sampling=GREEDY, native=False)]
+    engine = Engine(model.cuda(), rows=3, T_max=32)
+    engine.refresh()
+    with torch.inference_mode():
+        engine.prefill(1, ids, 0)
+        engine.step([1, 2], [7, 8], [5, 0])
+    assert engine._graph is not None and engine._graph._graph is not None
+    assert [s.token_id for s in stream_steps(model, ids, max_new_tokens=60, sampling=GREEDY)] == expected
