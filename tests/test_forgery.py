@@ -1,7 +1,7 @@
 """Text never becomes control: hostile strings in every role, through tokenizers, templates, files and the chat itself.
 
 Against new tokenizers (BPE and unigram), bytes, and one like the published: NFKC, sentinels as user-defined symbols,
-which matches its sentinels in any text that normalises to them. `--soak` tries 10,000 conversations instead of 120.
+which matches its sentinels in any text that normalises to them. `--soak` tries 10,000 conversations instead of 60.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def all_tokenizers(
     return found
 
 
-def tried(request: pytest.FixtureRequest, many: int = 10_000, few: int = 120) -> settings:
+def tried(request: pytest.FixtureRequest, many: int = 10_000, few: int = 60) -> settings:
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(max_examples=many if request.config.getoption("--soak") else few, suppress_health_check=quiet)
 
