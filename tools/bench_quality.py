@@ -13,11 +13,15 @@ driven by the clock. Evaluation stops the clock of either. As many runs as fit g
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import queue
+import signal
 import sys
 import tempfile
+import threading
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,29 +42,38 @@ from tools.quality_systems import run as run_system
 from tools.quality_text import Text, build_text, make_overrides, measure_floor, open_text
 
 CONFIG = "configs/quickstart.json"
-PEER_RATES = (5e-4, 1e-3, 3e-3)
+PEER_RATES = (1e-3, 2e-3, 4e-3)
+PEER_BATCHES = (8,)  # the Trainer's default, and better for AdamW than our 16
 BEST = "best"
 FLOOR = "floor"
 SMALLEST_BUDGET = 0.05  # minutes
+PATIENCE = 20.0  # seconds that a process may take to end
 
 
-def work(spec: Spec, cores: Sequence[int], barrier: Any, messages: Any) -> None:
-    """One run in a process and a folder of its own."""
+def work(spec: Spec, cores: Sequence[int], folder: Path, barrier: Any, messages: Any) -> None:
+    """One run in a process and a folder of its own; the parent decides what Ctrl-C means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
+    parent = os.getppid()
+
+    def say(point: Point) -> None:
+        if os.getppid() != parent:
+            raise RuntimeError("the benchmark that started this run is gone")
+        messages.put((spec.name, "point", point))
+
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)
-            found = run_system(
-                spec, ready=lambda: barrier.wait(), say=lambda point: messages.put((spec.name, "point", point))
-            )
-            os.chdir("/")
-        messages.put((spec.name, "run", found))
-    except BaseException as error:
+        folder.mkdir()
+        os.chdir(folder)
+        messages.put((spec.name, "run", run_system(spec, ready=barrier.wait, say=say)))
+    except threading.BrokenBarrierError:  # another run failed, and says why
+        sys.exit(1)
+    except Exception as error:
+        expected = isinstance(error, (ValueError, OSError, RuntimeError))
+        messages.put((spec.name, "error", explained(error) if expected else traceback.format_exc()))
         barrier.abort()
-        messages.put((spec.name, "error", f"{type(error).__name__}: {error}"))
-        raise
+        sys.exit(1)
 
 
 def run_together(specs: Sequence[Spec], progress: Progress) -> list[Run]:
@@ -69,29 +82,39 @@ def run_together(specs: Sequence[Spec], progress: Progress) -> list[Run]:
     barrier, messages = context.Barrier(len(specs)), context.Queue()
     cores = usable_cores()
     os.environ["OMP_NUM_THREADS"] = str(specs[0].threads)
-    processes = {}
-    for i, spec in enumerate(specs):
-        own = cores[i * spec.threads : (i + 1) * spec.threads]
-        processes[spec.name] = context.Process(target=work, args=(spec, own, barrier, messages), daemon=True)
     bars = {s.name: progress.add_task(f"{s.name}: starting", total=s.points + 1) for s in specs}
-    for process in processes.values():
-        process.start()
     runs: dict[str, Run] = {}
-    try:
-        while len(runs) < len(specs):
-            name, kind, value = next_message(messages, processes, runs)
-            if kind == "error":
-                raise RuntimeError(f"{name} failed: {value}")
-            if kind == "run":
-                runs[name] = value
-            else:
-                show_point(progress, bars[name], name, value)
-    finally:
-        for process in processes.values():
-            process.join(timeout=20 if len(runs) == len(specs) else 0)
-            if process.is_alive():
-                process.terminate()
+    with tempfile.TemporaryDirectory() as scratch:
+        processes = {}
+        for i, spec in enumerate(specs):
+            own = cores[i * spec.threads : (i + 1) * spec.threads]
+            about = (spec, own, Path(scratch) / str(i), barrier, messages)
+            processes[spec.name] = context.Process(target=work, args=about, daemon=True)
+            processes[spec.name].start()
+        try:
+            while len(runs) < len(specs):
+                name, kind, value = next_message(messages, processes, runs)
+                if kind == "error":
+                    raise RuntimeError(f"{name} failed: {value}")
+                if kind == "run":
+                    runs[name] = value
+                else:
+                    show_point(progress, bars[name], name, value)
+        finally:
+            end(list(processes.values()), patience=PATIENCE if len(runs) == len(specs) else 0)
     return [runs[spec.name] for spec in specs]
+
+
+def end(processes: Sequence[Any], patience: float) -> None:
+    """Wait for processes that are done, and stop those that are not."""
+    for process in processes:
+        process.join(timeout=patience)
+        if process.is_alive():
+            process.terminate()
+    for process in processes:
+        process.join(timeout=PATIENCE)
+        if process.is_alive():
+            process.kill()
 
 
 def next_message(messages: Any, processes: dict[str, Any], done: dict[str, Run]) -> tuple[str, str, Any]:
@@ -100,8 +123,7 @@ def next_message(messages: Any, processes: dict[str, Any], done: dict[str, Run])
         dead = [name for name, p in processes.items() if name not in done and p.exitcode not in (None, 0)]
         try:
             message: tuple[str, str, Any] = messages.get(timeout=1.0)
-            if not (message[1] == "error" and "BrokenBarrierError" in message[2]):  # another run failed: it says why
-                return message
+            return message
         except queue.Empty:
             if dead:
                 return dead[0], "error", f"its process ended with exit code {processes[dead[0]].exitcode}"
@@ -124,15 +146,15 @@ def usable_cores() -> list[int]:
 def make_specs(args: argparse.Namespace, overrides: dict[str, Any], results: Results) -> list[Spec]:
     common = {"minutes": args.minutes, "seed": args.seed, "overrides": overrides, "windows": args.windows}
     common |= {"points": args.points, "threads": args.threads}
-    rates = args.peer_lr
-    if rates == [BEST]:
+    choices = list(itertools.product(args.peer_lr, args.peer_batch))
+    if args.peer_lr == [BEST]:
         best = results.best_peer()
-        if best is None or best.lr is None:
+        if best is None:
             raise ValueError(f"--peer-lr {BEST} needs an earlier run of the peer in {args.out}; run a short one first")
-        rates = [best.lr]
+        choices = [(best.lr, best.batch)]
     specs = [Spec(OURS, **common)] if args.only in (None, OURS) else []
     if args.only in (None, PEER):
-        specs += [Spec(PEER, **common, lr=rate, batch=args.peer_batch) for rate in rates]
+        specs += [Spec(PEER, **common, lr=lr, batch=batch) for lr, batch in choices]
     return specs
 
 
@@ -201,7 +223,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("bench/quality"), help="folder (default: %(default)s)")
     parser.add_argument("--only", choices=(OURS, PEER, FLOOR), help="one of them; the results of others stay")
     parser.add_argument("--peer-lr", nargs="+", type=rate, default=list(PEER_RATES), metavar="X", help=LR_HELP)
-    parser.add_argument("--peer-batch", type=int, help="rows of a step of the peer (default: as many as ours)")
+    parser.add_argument("--peer-batch", nargs="+", type=int, default=list(PEER_BATCHES), metavar="N", help=BATCH_HELP)
     parser.add_argument("--points", type=int, default=10, help="evaluations on the way (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=256, help="held-out windows of an evaluation (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of weights and order (default: %(default)s)")
@@ -211,15 +233,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--minutes must be at least {SMALLEST_BUDGET}")
     if not 1 <= args.threads <= len(usable_cores()):
         parser.error(f"--threads must be 1 to {len(usable_cores())}, the cores of this machine")
-    for name in ("points", "windows", "peer_batch"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name, values in (("points", [args.points]), ("windows", [args.windows]), ("peer-batch", args.peer_batch)):
+        if min(values) < 1:
+            parser.error(f"--{name} must be at least 1")
     if BEST in args.peer_lr and len(args.peer_lr) > 1:
         parser.error(f"--peer-lr takes either numbers or {BEST}")
     return args
 
 
-LR_HELP = f"learning rates of the peer, or `{BEST}`: the best in results.json (default: {PEER_RATES})"
+LR_HELP = f"learning rates of the peer, or `{BEST}`: rate and rows of the best in results.json (default: {PEER_RATES})"
+BATCH_HELP = f"rows of a step of the peer, tried with every rate (default: {PEER_BATCHES})"
 
 
 def rate(text: str) -> float | str:
@@ -230,14 +253,20 @@ def rate(text: str) -> float | str:
     return value
 
 
+def stop(signum: int, frame: object) -> None:
+    """SIGTERM ends the runs as Ctrl-C does, instead of leaving them behind."""
+    raise KeyboardInterrupt(signum)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     console = Console(highlight=False, soft_wrap=True)
+    signal.signal(signal.SIGTERM, stop)
     try:
         measure(args, console)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as reason:
         print("interrupted; finished rounds are in results.json", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if reason.args else signal.SIGINT)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {explained(error)}", file=sys.stderr)
         return 1

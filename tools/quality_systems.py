@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from niels_gpt.device import choose_precision, resolve_device
 from niels_gpt.model.loss import IGNORED
-from niels_gpt.settings import Settings
+from niels_gpt.settings import Settings, validate_overrides
 from niels_gpt.train.budget import Budget
 from niels_gpt.train.loop import Loop, train
 from niels_gpt.train.pretrain import PHASE, pretrain_job
@@ -44,11 +44,17 @@ class Spec:
     points: int
     threads: int
     lr: float | None = None  # of the peer
-    batch: int | None = None  # rows of a step of the peer; None: as many as ours
+    batch: int | None = None  # rows of a step of the peer
 
     @property
     def name(self) -> str:
-        return OURS if self.system == OURS else f"{PEER} {self.lr:g}" + (f", batch {self.batch}" if self.batch else "")
+        return OURS if self.system == OURS else f"{PEER} {self.lr:g} x{self.batch}"
+
+    @property
+    def rows(self) -> int:
+        """Rows of one optimizer step."""
+        options = validate_overrides(self.overrides).training.pretrain
+        return self.batch or options.micro_B * options.accum_steps
 
 
 @dataclass(frozen=True)
@@ -144,10 +150,9 @@ class Course:
     def end(self, model: nn.Module, tokens: int) -> Run:
         self._measure(model, tokens)
         everything = self.text.bits(model, device=self.device, precision=self.precision, everything=True)
-        spec, options = self.spec, self.text.settings.training.pretrain
-        batch = options.micro_B * options.accum_steps if spec.system == OURS else peer_batch(spec, self.text.settings)
+        spec = self.spec
         parameters = sum(p.numel() for p in model.parameters())
-        about = (spec.system, spec.name, spec.lr, batch, spec.minutes, spec.threads, spec.seed)
+        about = (spec.system, spec.name, spec.lr, spec.rows, spec.minutes, spec.threads, spec.seed)
         return Run(*about, parameters, self.precision.name, self.points, everything)
 
     def _measure(self, model: nn.Module, tokens: int) -> None:
@@ -273,22 +278,17 @@ def llama(settings: Settings) -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-def peer_batch(spec: Spec, settings: Settings) -> int:
-    """Rows of one step of the peer."""
-    options = settings.training.pretrain
-    return spec.batch or options.micro_B * options.accum_steps
-
-
 def run_peer(course: Course) -> Run:
     """Llama and the Trainer at its defaults: fused AdamW, linear decay to 0, clipping at 1, its own dataloader.
 
     Its schedule follows the clock, as ours does: that is what the best guess of `max_steps` would give, and no slow
-    minute of the machine can spoil the guess. It evaluates, saves and logs nothing by itself.
+    minute of the machine can spoil the guess. It evaluates, saves and logs nothing by itself. Its process has Python's
+    usual allocator: what ours tells glibc (`device.keep_freed_memory`) is part of ours.
     """
-    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     spec, settings = course.spec, course.text.settings
-    T, rows = settings.model.T, peer_batch(course.spec, course.text.settings)
+    T, rows = settings.model.T, spec.rows
     set_seed(spec.seed)
     model = llama(settings)
     scored = Scored(model, T)
@@ -325,5 +325,6 @@ def run_peer(course: Course) -> Run:
         disable_tqdm=True,
     )
     trainer = OnTheClock(model=model, args=args, train_dataset=Blocks(course.text.blocks()), callbacks=[Watch()])
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return course.end(scored, trainer.state.global_step * rows * T)

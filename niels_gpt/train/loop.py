@@ -103,7 +103,7 @@ class Loop:
         with catching_signals() as self.stop:
             if self.state.step % self.options.eval_every == 0 and self.state.evaluated_step != self.state.step:
                 self._after_step()  # a signal came before the evaluation that was due
-            while not self.stop and not self.budget.done(self.state.step):
+            while not self.stop and not self._is_over():
                 self._one_step()
             self._finish()
         return TrainResult(
@@ -113,6 +113,11 @@ class Loop:
             ckpt.phase_paths(self.job.phase).latest,
             ckpt.phase_paths(self.job.phase).best,
         )
+
+    def _is_over(self) -> bool:
+        if self.budget.done(self.state.step) and self.budget.evaluation_is_estimated and self.evaluate():
+            self._save(is_best=True, on_schedule=True)
+        return self.budget.done(self.state.step)  # the evaluation may have been shorter than the time kept back for it
 
     def _one_step(self) -> None:
         state, options = self.state, self.options
@@ -183,6 +188,7 @@ class Loop:
         model, loaded = self._model_of(source)
         self.model.load_state_dict(model.state_dict())
         self.stepper.reset_optimizer()
+        self.saver.saved_step = -1
         self.state = self.saver.restore(loaded, quiet=True)[0] if loaded is not None and is_of_run else RunState()
         self.state.lr_factor = now.lr_factor * ROLLBACK_FACTOR
         self.state.rollbacks, self.state.failed_step = now.rollbacks + 1, now.step
@@ -209,6 +215,9 @@ class Loop:
         self.last_evals, self._evaluated_now = found, self.state.step
         sample = self.job.sample(self.model) if self.job.sample is not None else None
         metric = self.job.metric(found) if found else math.nan
+        if not math.isfinite(metric):
+            name = self.options.best_metric
+            self.reporter.warn(f"step {self.state.step}: {name} is no finite number, so this is not the best")
         best = self.state.best_val_loss
         improved = math.isfinite(metric) and (best is None or metric < best)
         self._best_before = (best, self.state.best_step)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from niels_gpt import checkpoint as ckpt
-from niels_gpt.files import is_disk_full
+from niels_gpt.files import explained
 from niels_gpt.train.budget import Budget
 from niels_gpt.train.job import Job
 from niels_gpt.train.report import Reporter
@@ -113,10 +113,10 @@ class Saver:
         return [self.options.micro_B, self.options.accum_steps]
 
     def save(self, state: RunState, budget: Budget, *, is_best: bool, on_schedule: bool, finished: bool) -> bool:
-        """One durable step file, then its copies; False if the disk was full, which is a warning on the way.
+        """One durable step file, then its copies; False if the disk was full or failed, which is a warning on the way.
 
         on_schedule: a run that nothing disturbs saves here, too: a place to roll back to. finished: nothing follows.
-        Raises OSError if the disk is full at the end, NotFinite if the weights are no numbers any more.
+        Raises OSError if the last save fails, NotFinite if the weights are no numbers any more.
         """
         job, began = self.job, time.perf_counter()
         good_step = state.good_step
@@ -146,10 +146,9 @@ class Saver:
             )
         except (OSError, ckpt.NotFinite) as error:
             state.good_step = good_step
-            if isinstance(error, ckpt.NotFinite) or not (on_schedule and is_disk_full(error)):
+            if isinstance(error, ckpt.NotFinite) or not on_schedule:
                 raise
-            reason = error.strerror or error
-            self.reporter.warn(f"step {state.step}: not saved: {reason}; trying again at the next save")
+            self.reporter.warn(f"step {state.step}: not saved: {explained(error)}; trying again at the next save")
             return False
         self.saved_step, self.is_finished = state.step, finished
         budget.note_save(time.perf_counter() - began)

@@ -194,18 +194,18 @@ def test_both_systems_learn_under_one_clock(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     out = tmp_path / "out"
     args = (tmp_path / "tiny.json", "--out", out, "--minutes", 0.05, "--points", 3, "--windows", 4)
-    done = bench(*args, "--peer-lr", 0.003)
+    done = bench(*args, "--peer-lr", 0.003, "--peer-batch", 4)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((out / "results.json").read_text())
-    assert [run["name"] for run in record["runs"]] == ["ours", "peer 0.003"]
+    assert [run["name"] for run in record["runs"]] == ["ours", "peer 0.003 x4"]
     for run in record["runs"]:
         points = run["points"]
         minutes = [point["minutes"] for point in points]
         assert minutes == sorted(minutes) and minutes[0] == 0 and minutes[-1] >= 0.05
         assert points[-1]["tokens"] > points[0]["tokens"] == 0
         assert points[-1]["bits"] < points[0]["bits"] and 0 < run["final_bits"] < 8
-    assert record["comparisons"][0]["peer"] == "peer 0.003" and 0 < record["floor"]["everything"] < 8
-    assert "| minutes | ours | peer 0.003 |" in done.stdout and "5-gram" in done.stdout
+    assert record["comparisons"][0]["peer"] == "peer 0.003 x4" and 0 < record["floor"]["everything"] < 8
+    assert "| minutes | ours | peer 0.003 x4 |" in done.stdout and "5-gram" in done.stdout
     assert ElementTree.parse(out / "quality-0.05min.svg").getroot().tag.endswith("svg")
     fresh = ("--out", tmp_path / "fresh", "--only", "peer", "--peer-lr", "best")
     for wrong, reason in ((("--windows", 3), "other windows"), (fresh, "run a short one first")):
@@ -214,7 +214,14 @@ def test_both_systems_learn_under_one_clock(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    "wrong", [("--minutes", "0"), ("--threads", "0"), ("--peer-lr", "best", "1"), ("--peer-lr", "x"), ("--points", "0")]
+    "wrong",
+    [
+        ("--minutes", "0"),
+        ("--threads", "0"),
+        ("--peer-lr", "best", "1"),
+        ("--peer-lr", "x"),
+        ("--peer-batch", "8", "0"),
+    ],
 )
 def test_usage_errors(wrong: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
