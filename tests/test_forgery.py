@@ -239,6 +239,7 @@ def test_the_chat_asks_with_exactly_its_own_control_ids(
         return iter(())
 
     monkeypatch.setattr(conversation_module, "stream_steps", spy)
+    monkeypatch.setattr(conversation_module, "Memory", lambda *_, **__: None)  # of a million positions
 
     @tried(request)
     @given(hostile, hostile, hostile, hostile)
