@@ -186,6 +186,7 @@ def check_text_form(messages: list[Message]) -> None:
     assert found == [*(message.role for message in messages), "user", "assistant"], messages
 
 
+@pytest.mark.timeout(3600)  # with --soak
 def test_no_string_forges_a_control_id_or_a_role(
     request: pytest.FixtureRequest, all_tokenizers: dict[str, SentencePieceTokenizer]
 ) -> None:
@@ -224,6 +225,7 @@ def test_the_strings_are_hostile(like_published: SentencePieceTokenizer) -> None
 # through the chat
 
 
+@pytest.mark.timeout(3600)  # with --soak
 @pytest.mark.parametrize("generation", ["subword", "byte"])
 def test_the_chat_asks_with_exactly_its_own_control_ids(
     request: pytest.FixtureRequest, generation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
