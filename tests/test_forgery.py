@@ -1,7 +1,7 @@
 """Text never becomes control: hostile strings in every role, through tokenizers, templates, files and the chat itself.
 
 Against new tokenizers (BPE and unigram), bytes, and one like the published: NFKC, sentinels as user-defined symbols,
-which matches its sentinels in any text that normalises to them. `--soak` tries 10,000 conversations instead of 120.
+which matches its sentinels in any text that normalises to them. `--soak` tries 10,000 conversations instead of 60.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def all_tokenizers(
     return found
 
 
-def tried(request: pytest.FixtureRequest, many: int = 10_000, few: int = 120) -> settings:
+def tried(request: pytest.FixtureRequest, many: int = 10_000, few: int = 60) -> settings:
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(max_examples=many if request.config.getoption("--soak") else few, suppress_health_check=quiet)
 
@@ -186,6 +186,7 @@ def check_text_form(messages: list[Message]) -> None:
     assert found == [*(message.role for message in messages), "user", "assistant"], messages
 
 
+@pytest.mark.timeout(3600)  # with --soak
 def test_no_string_forges_a_control_id_or_a_role(
     request: pytest.FixtureRequest, all_tokenizers: dict[str, SentencePieceTokenizer]
 ) -> None:
@@ -224,6 +225,7 @@ def test_the_strings_are_hostile(like_published: SentencePieceTokenizer) -> None
 # through the chat
 
 
+@pytest.mark.timeout(3600)  # with --soak
 @pytest.mark.parametrize("generation", ["subword", "byte"])
 def test_the_chat_asks_with_exactly_its_own_control_ids(
     request: pytest.FixtureRequest, generation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -239,6 +241,7 @@ def test_the_chat_asks_with_exactly_its_own_control_ids(
         return iter(())
 
     monkeypatch.setattr(conversation_module, "stream_steps", spy)
+    monkeypatch.setattr(conversation_module, "Memory", lambda *_, **__: None)  # of a million positions
 
     @tried(request)
     @given(hostile, hostile, hostile, hostile)

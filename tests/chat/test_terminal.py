@@ -44,7 +44,6 @@ class Terminal:
                 **{key: value for key, value in os.environ.items() if key != "NO_COLOR"},
                 "PYTHONPATH": str(paths.PROJECT_ROOT),
                 "XDG_STATE_HOME": str(home / "state"),
-                "HOME": str(home),
                 "TERM": "xterm-256color",
                 "PYTHONUTF8": "1",
                 "PROMPT_TOOLKIT_NO_CPR": "1",

@@ -111,13 +111,11 @@ def test_looking_into_a_reply_lists_what_else_was_likely(
     lines = [line for line in out.splitlines() if re.match(r"  +\d+\.\d bits  ", line)]
     assert 1 <= len(lines) <= 5
     bits = [float(line.split()[0]) for line in lines]
-    assert bits == sorted(bits, reverse=True) and bits[0] > 1 and "drawn with" in out  # at temperature 3
+    assert bits == sorted(bits, reverse=True) and bits[0] > 1
     for line, surprised in zip(lines, bits, strict=True):
         chosen, others = line.split(" bits  ")[1].split("; else ")
-        chosen, _, drawn = chosen.partition(", drawn with ")
         percent = float(chosen.rsplit(" ", 1)[1].rstrip("%"))
         assert abs(percent - 100 * 2**-surprised) <= 0.06 + 4 * 2**-surprised
-        assert not drawn or 0 < float(drawn.rstrip("%")) <= 100
         assert len(re.findall(r"\d%", others)) == 4 and chosen.rsplit(" ", 1)[0] not in others.split(", ")
 
 

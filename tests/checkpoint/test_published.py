@@ -22,8 +22,8 @@ from niels_gpt.tokenizer import SentencePieceTokenizer
 from tests.checkpoint.published import V1_SHAPES, V2_SHAPES, Shape, checkpoint_bytes, state_dict
 from tests.model.plain_forward import plain_forward
 
-CASES = [("v1", shape, seed) for shape in V1_SHAPES for seed in (0, 1, 2)]
-CASES += [("v2", shape, seed) for shape in V2_SHAPES for seed in (0, 1, 2)]
+CASES = [("v1", shape, seed) for shape in V1_SHAPES for seed in (0, 1)]
+CASES += [("v2", shape, seed) for shape in V2_SHAPES for seed in (0, 1)]
 NEW_TOKENS = 12
 pytestmark = pytest.mark.parametrize(("generation", "shape", "seed"), CASES)
 
