@@ -111,6 +111,7 @@ def test_a_run_that_diverges_goes_back_and_on_with_a_lower_learning_rate(
         for path in [*tmp_path.glob("checkpoints/*/*.pt"), *tmp_path.glob("runs/*/metrics.jsonl")]:
             path.unlink()
         loop = diverging(workshop.make_loop(world))
+        loop.reporter.start(loop)
         for _ in range(kill_after):
             loop._one_step()
         resumed = diverging(workshop.make_loop(world, resume=True)).run()
