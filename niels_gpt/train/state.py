@@ -1,0 +1,44 @@
+"""The records of a run: what changes while it goes on, what a step was, how it ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from niels_gpt.eval import EvalResult
+
+
+class Interrupted(Exception):
+    """A signal ended training after its state was saved; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass
+class RunState:
+    """What changes while a run goes on, besides weights and optimizer state. Saved with every checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    tokens_seen: int = 0  # supervised targets
+    skipped_steps: int = 0
+    best_val_loss: float | None = None
+    best_step: int | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # nats per supervised token
+    grad_norm: float
+    tokens: int
+    applied: bool  # False when the loss or a gradient was not finite
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    state: RunState
+    last_evals: dict[str, EvalResult]
+    elapsed: float  # seconds, earlier sessions included
+    latest_path: Path
+    best_path: Path
