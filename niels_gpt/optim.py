@@ -43,11 +43,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(p: Tensor, tensor: Tensor) -> Tensor:
-    """This process's share of a `tensor` that all of them hold, laid out as `p`; the tensor itself if p is not sharded."""
+    """Of a `tensor` that all processes hold, this one's share, laid out as `p`; all of it if p is not sharded."""
     if not hasattr(p, "full_tensor"):
         return tensor
-    from torch.distributed.tensor import distribute_tensor  # only where there are several processes
+    from torch.distributed.tensor import DTensor, distribute_tensor  # not in every build of PyTorch
 
+    assert isinstance(p, DTensor)
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
@@ -87,10 +88,9 @@ class Muon(torch.optim.Optimizer):
                     by_shape[matrix.shape[0], matrix.shape[1]].append((p, matrix))
                 if group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-            for (rows, cols), entries in by_shape.items():
-                for (p, _), matrix in zip(
-                    entries, orthogonalize(torch.stack([m for _, m in entries]), dtype=self.ns_dtype), strict=True
-                ):
+            for entries in by_shape.values():
+                found = orthogonalize(torch.stack([m for _, m in entries]), dtype=self.ns_dtype)
+                for (p, _), matrix in zip(entries, found, strict=True):
                     ortho[p].append(matrix)
             for p, parts in ortho.items():
                 rows, cols = parts[0].shape

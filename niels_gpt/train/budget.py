@@ -6,6 +6,7 @@ import time
 
 from niels_gpt.lr_schedule import lr_at_step
 from niels_gpt.settings import PhaseSettings
+from niels_gpt.train.distributed import World
 
 
 class Budget:
@@ -21,17 +22,24 @@ class Budget:
         self.seconds = None if options.minutes is None else options.minutes * 60
         self.reserve = 0.0  # seconds kept back for the final evaluation and save
         self._started = time.perf_counter() - spent_seconds
+        self._agreed: float | None = None
 
     @property
     def elapsed(self) -> float:
         """Seconds this run has used, earlier sessions included."""
         return time.perf_counter() - self._started
 
+    def agree(self, world: World) -> None:
+        """Let all processes of a run go by the main one's clock until they agree again."""
+        if self.seconds is not None and world.size > 1:
+            self._agreed, self.reserve = world.from_main(lambda: (self.elapsed, self.reserve))
+
     def progress(self, step: int) -> float:
         """0 at the start, 1 when the run is over; `step` is the number of steps done."""
         if self.seconds is None:
             return step / self.options.total_steps
-        return min(1.0, self.elapsed / max(self.seconds - self.reserve, 1e-9))
+        elapsed = self.elapsed if self._agreed is None else self._agreed
+        return min(1.0, elapsed / max(self.seconds - self.reserve, 1e-9))
 
     def remaining_seconds(self, step: int, seconds_per_step: float) -> float:
         """Expected time until the end."""

@@ -34,7 +34,7 @@ class MainFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` of them. Every method that exchanges something must be called by all in the same order."""
+    """This process among `size` of them. All must call the methods that exchange something, in the same order."""
 
     rank: int = 0
     size: int = 1
@@ -45,7 +45,7 @@ class World:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over the processes; exact for whole numbers below 2**53. NaN wherever one process has NaN."""
+        """Each value summed over the processes: whole numbers exactly (below 2**53), NaN if one of them has NaN."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -114,6 +114,9 @@ class World:
                         f"{name} differs between the processes of this run: {value!r:.200} here (process {self.rank}), "
                         f"{other!r:.200} on process {rank}; start all of them with the same files and versions"
                     )
+
+
+ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ def joined(device: str) -> Iterator[World]:
     ValueError when `device` cannot be shared like this.
     """
     if not is_torchrun():
-        yield World()
+        yield ALONE
         return
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
     _check_device(device, world.local_rank)

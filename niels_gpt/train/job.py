@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from niels_gpt.batching import Batch
 from niels_gpt.eval import EvalResult
 from niels_gpt.settings import PhaseSettings, ResolvedSettings
+from niels_gpt.train.distributed import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Job:
     evals: Mapping[str, Callable[[], Iterable[Batch]]]  # name, such as "wikitext" -> the same batches every time
     metric: Callable[[Mapping[str, EvalResult]], float]  # what best.pt minimises
     tokenizer_model: bytes | None = None  # goes into every checkpoint, so that one file can chat
+    world: World = ALONE  # the processes that share the work
     data: Mapping[str, object] = field(default_factory=dict)  # fingerprint of what is learnt from
 
     @property

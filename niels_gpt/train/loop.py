@@ -15,12 +15,14 @@ import torch
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.device import choose_precision, memory_in_use, synchronize
-from niels_gpt.eval import EvalResult, evaluate
+from niels_gpt.eval import EvalResult
 from niels_gpt.model.gpt import GPT
 from niels_gpt.optim import Optimizer, set_learning_rate
 from niels_gpt.rng import seed_for
 from niels_gpt.train.budget import Budget
 from niels_gpt.train.job import Job
+from niels_gpt.train.parallel import evaluate_together
+from niels_gpt.train.pulse import watching
 from niels_gpt.train.report import Reporter, StepReport
 from niels_gpt.train.saving import Saver
 from niels_gpt.train.signals import StopRequest, catching_signals
@@ -34,15 +36,18 @@ MAX_SKIPPED_IN_A_ROW = 5
 
 
 class Loop:
-    """One phase of one run on one process."""
+    """One phase of one run on one process, alone or among the others of `job.world`."""
 
     def __init__(self, job: Job, *, device: str, reporter: Reporter, resume: Path | None, init: Path | None) -> None:
         """resume: checkpoint to go on from. init: checkpoint whose weights start a fresh run."""
         self.job, self.device, self.reporter = job, device, reporter
-        self.options = job.options
+        self.options, self.world = job.options, job.world
         torch.manual_seed(seed_for(self.options.seed, "init"))
         self.model = GPT(job.resolved.model_cfg, job.resolved.arch)
-        loaded = ckpt.load_checkpoint(source, device="cpu") if (source := resume or init) is not None else None
+        source = resume or init
+        loaded = None
+        if source is not None:
+            loaded = self.world.from_main(lambda: ckpt.load_checkpoint(source, device="cpu"))
         if loaded is not None:
             ckpt.validate_model_config_match(loaded["model_cfg"], job.resolved.model_cfg)
             self.model.load_state_dict(ckpt.build_model(loaded).state_dict())
@@ -69,11 +74,11 @@ class Loop:
     def run(self) -> TrainResult:
         """Train to the end of the budget. Raises Interrupted after a signal, ValueError/OSError if it cannot go on."""
         self.reporter.start(self)
-        with catching_signals() as stop:
-            while not self.budget.done(self.state.step):
+        with catching_signals() as stop, watching(self.world, self.options.silence_s):
+            while not self._done():
                 self._one_step()
-                if stop:
-                    self._leave(stop)
+                if signum := self.world.largest(stop.signum):
+                    self._leave(StopRequest(signum))
             self._finish()
         return TrainResult(
             self.state,
@@ -82,6 +87,10 @@ class Loop:
             ckpt.phase_paths(self.job.phase).latest,
             ckpt.phase_paths(self.job.phase).best,
         )
+
+    def _done(self) -> bool:
+        self.budget.agree(self.world)
+        return self.budget.done(self.state.step)
 
     def _one_step(self) -> None:
         state, options = self.state, self.options
@@ -131,7 +140,7 @@ class Loop:
         """Measure every validation source; True if the metric improved (never on a non-finite one)."""
         began = time.perf_counter()
         self.last_evals = {
-            name: evaluate(self.model, batches(), device=self.device, precision=self.precision)
+            name: evaluate_together(self.model, batches(), self.world, device=self.device, precision=self.precision)
             for name, batches in self.job.evals.items()
         }
         metric = self.job.metric(self.last_evals) if self.last_evals else math.nan
@@ -167,5 +176,7 @@ def train(
     job: Job, *, device: str, reporter: Reporter, resume: Path | None = None, init: Path | None = None
 ) -> TrainResult:
     """Run one phase: fresh, from another model's weights (`init`), or on from its own checkpoint (`resume`)."""
-    ckpt.prepare_phase(job.phase)
+    job.world.on_main(lambda: ckpt.prepare_phase(job.phase))
+    settings = job.resolved.settings.model_dump(mode="json")
+    job.world.check_same(settings=settings, data=dict(job.data), torch=str(torch.__version__), device=device)
     return Loop(job, device=device, reporter=reporter, resume=resume, init=init).run()

@@ -25,7 +25,7 @@ class Microbatches:
         return [(m, step * self.rows + m * self.size) for m in range(self.rank * each, (self.rank + 1) * each)]
 
     def shared_out(self, rank: int, world: int) -> Microbatches:
-        """The same rows for `world` processes: as they are cut, or in the largest smaller microbatches that come out even.
+        """The same rows for `world` processes, in smaller microbatches if those of now do not come out even.
 
         ValueError if the rows of a step cannot be divided by `world`.
         """

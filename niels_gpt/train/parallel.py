@@ -5,15 +5,20 @@ The loss is divided by the number of targets of all processes, so the sum over p
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from niels_gpt.batching import Batch
+from niels_gpt.device import Precision
+from niels_gpt.eval import EvalResult, evaluate
 from niels_gpt.model.gpt import GPT
+from niels_gpt.model.loss import IGNORED
 from niels_gpt.optim import Optimizer, OptimizerGroup, sharded_like, whole
 from niels_gpt.train.distributed import World, exchanging, mapped
 
@@ -23,14 +28,14 @@ if torch.distributed.is_available():
     from torch.nn.parallel import DistributedDataParallel
 
 
-def replicated(model: nn.Module, world: World) -> nn.Module:
+def replicated(model: Callable[..., Tensor], world: World) -> Callable[..., Tensor]:
     """`model` behind DDP: a backward pass sums its gradients over the processes, bucket by bucket as they come."""
     if world.size == 1:
         return model
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-    # Nothing is unused. The setting keeps DDP from regrouping its buckets after the first step, and with it the order
-    # of the sums: with three processes or more, a resumed run would differ in the last bits.
-    parallel = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
+    assert isinstance(model, nn.Module)
+    new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    unsynced: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+    parallel = DistributedDataParallel(model, **unsynced)  # the buffers are rotation tables, the same everywhere
     parallel.register_comm_hook(None, _summed)
     return parallel
 
@@ -40,8 +45,10 @@ def _summed(state, bucket):  # type: ignore[no-untyped-def]  # DDP compares anno
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
 
-def sharded(model: GPT) -> None:
+def shard(model: GPT, precision: Precision) -> None:
     """Keep of every parameter only this process's rows (FSDP2); a block's are gathered while it computes."""
+    if precision.needs_scaler:
+        raise ValueError("parallel=fsdp works in fp32 and bf16, not in fp16; set amp_dtype to bf16, or parallel to ddp")
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
@@ -52,28 +59,52 @@ def sharded(model: GPT) -> None:
 
 
 @contextmanager
-def backward_pass(forward: nn.Module | Callable[..., Tensor], model: nn.Module, *, last: bool) -> Iterator[None]:
+def backward_pass(forward: Callable[..., Tensor], model: nn.Module, *, last: bool) -> Iterator[None]:
     """Around forward and backward of one microbatch: gradients are exchanged with the last of a step only."""
     if not (torch.distributed.is_available() and dist.is_initialized()):
         yield
         return
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
-    with exchanging(), forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else nullcontext():
+    holds_back = isinstance(forward, DistributedDataParallel) and not last
+    with exchanging(), forward.no_sync() if holds_back else nullcontext():  # type: ignore[attr-defined]
         yield
 
 
+def evaluate_together(
+    model: GPT, batches: Iterable[Batch], world: World, *, device: str, precision: Precision
+) -> EvalResult:
+    """`evaluate` with the batches dealt out to the processes; the sum is in the order of the batches, so to the bit."""
+    if world.size == 1:
+        return evaluate(model, batches, device=device, precision=precision)
+    found: list[tuple[float, int]] = []
+    counted = (batch for batch in batches if bool((batch.y != IGNORED).any()))
+    while together := list(islice(counted, world.size)):
+        # With FSDP all must compute at the same time, so one without a batch of its own does the first once more.
+        mine = world.rank < len(together)
+        result = evaluate(model, [together[world.rank if mine else 0]], device=device, precision=precision)
+        found += [(result.nats, result.tokens)] if mine else []
+    if isinstance(model, FSDPModule):
+        model.reshard()
+    in_order = [result for row in zip_longest(*world.gather(found)) for result in row if result is not None]
+    return EvalResult(sum(nats for nats, _ in in_order), sum(tokens for _, tokens in in_order))
+
+
 def whole_state(state: Any, world: World) -> Any:
-    """Weights or optimizer state as one process has them, on the main process's CPU; elsewhere the tensors are None.
+    """Weights or optimizer state as one process alone has them; where they are sharded, on the main process only.
 
     Every process must call it: shards are gathered one tensor at a time.
     """
 
+    known: dict[int, Tensor | None] = {}  # a tied weight is gathered once, and stays one
+
     def gathered(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        full = whole(value.detach())
-        return full.cpu() if world.is_main else None
+        if id(value) not in known:
+            full = whole(value.detach())
+            known[id(value)] = full.cpu() if world.is_main else None
+        return known[id(value)]
 
     return state if world.size == 1 else mapped(state, gathered)
 

@@ -10,9 +10,10 @@ from niels_gpt.batching import Batch, TokenStream, get_batch
 from niels_gpt.epochs import TextRows
 from niels_gpt.mixes import open_mixes, text_hashes
 from niels_gpt.rng import generator_for
+from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
-from niels_gpt.train.report import Reporter
+from niels_gpt.train.report import reporter_for
 from niels_gpt.train.start import Overrides, Start, eval_shape, fingerprint, start_phase, weighted_metric
 
 PHASE = "pretrain"
@@ -25,15 +26,18 @@ def run_pretrain(
     resume_path: str | Path | None = None,
     no_auto_resume: bool = False,
     quiet: bool = False,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Train a model from scratch, or on from its newest checkpoint.
 
     config: a settings file, a settings-shaped dict, or None. Returns final_step, best_val_loss, last_val_loss,
     latest_path, best_path.
     """
-    start = start_phase(PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume)
+    start = start_phase(
+        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, world=world
+    )
     job = pretrain_job(start)
-    reporter = Reporter(PHASE, start.resolved.run_id, quiet=quiet)
+    reporter = reporter_for(start.world, PHASE, start.resolved.run_id, quiet=quiet)
     if start.resume is not None:
         reporter.say(f"resumed from {start.resume}")
     try:
@@ -69,6 +73,7 @@ def pretrain_job(start: Start) -> Job:
             options, {"pretrain_val_loss": evals.get(settings.data.val_pretrain_source)}
         ),
         tokenizer_model=start.tokenizer_model,
+        world=start.world,
         data=fingerprint(settings.data.caches.pretrain_token_cache, streams)
         if on_caches
         else text_hashes(settings, streams),

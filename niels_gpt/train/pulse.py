@@ -23,7 +23,7 @@ import torch
 from niels_gpt.train.distributed import LOST, World
 
 if torch.distributed.is_available():
-    import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 BEAT = 1.0  # seconds between two signs of life
 EXIT_CODE = 1
@@ -77,10 +77,10 @@ class _Pulse:
         while not self._stop.wait(BEAT if beat else 0):
             try:
                 wait = timedelta(seconds=self.silence)
-                store = store or dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=wait)
+                store = store or TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=wait)
                 beat = store.add(self._key(self.world.rank), 1)
                 counts = {rank: store.add(self._key(rank), 0) for rank in heard}
-            except (RuntimeError, OSError):  # dist.DistError is a RuntimeError
+            except (RuntimeError, OSError):  # torch's own DistError is a RuntimeError
                 store, beat = None, 1
                 if time.monotonic() - reached > self.silence:
                     self._end("the process that torchrun runs in does not answer")

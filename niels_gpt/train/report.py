@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from niels_gpt import paths
 from niels_gpt.eval import EvalResult
 from niels_gpt.files import write_text
+from niels_gpt.train.distributed import World
 
 if TYPE_CHECKING:
     from niels_gpt.train.loop import Loop
@@ -143,6 +144,18 @@ class Reporter:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         with open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
+
+
+class NoReporter:
+    """The reporter of a run's other processes: it takes whatever it is told and keeps it to itself."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def reporter_for(world: World, phase: str, run_id: str, *, quiet: bool = False) -> Reporter:
+    """A reporter for the main process of a run; the others get a mute one."""
+    return Reporter(phase, run_id, quiet=quiet) if world.is_main else cast(Reporter, NoReporter())
 
 
 SFT_EVALS = ("pretrain", "sft")

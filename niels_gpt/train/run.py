@@ -19,6 +19,7 @@ from niels_gpt import files, paths
 from niels_gpt.checkpoint import phase_paths
 from niels_gpt.device import resolve_device
 from niels_gpt.settings import resolve_settings
+from niels_gpt.train.distributed import ALONE, World, joined
 from niels_gpt.train.loop import Interrupted
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.sft import run_sft
@@ -36,11 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = Path(args.config) if args.config is not None else profile_path(args.profile)
         device = resolve_device(args.device)
-        print(f"using device: {device}", file=sys.stderr if args.print_config else sys.stdout)
         if args.print_config:
+            print(f"using device: {device}", file=sys.stderr)
             print(json.dumps(resolved_configs(args.phase, config), indent=2, sort_keys=True))
             return 0
-        run_phase(args.phase, config, device=device, resume=args.resume, no_resume=args.no_resume)
+        with joined(device) as world:
+            if world.is_main:
+                print(f"using device: {device}")
+            run_phase(args.phase, config, device=device, resume=args.resume, no_resume=args.no_resume, world=world)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
@@ -106,16 +110,19 @@ def resolved_configs(phase: str, config: Path) -> dict[str, Any]:
     }
 
 
-def run_phase(phase: str, config: Path, *, device: str, resume: str | None, no_resume: bool) -> None:
+def run_phase(
+    phase: str, config: Path, *, device: str, resume: str | None, no_resume: bool, world: World = ALONE
+) -> None:
     """Run one phase, or pretraining and then fine-tuning from its best checkpoint."""
     if phase == "pretrain":
-        run_pretrain(config, device=device, resume_path=resume, no_auto_resume=no_resume)
+        run_pretrain(config, device=device, resume_path=resume, no_auto_resume=no_resume, world=world)
     elif phase == "sft":
-        run_sft(config, device=device, resume_path=resume, no_auto_resume=no_resume)
+        run_sft(config, device=device, resume_path=resume, no_auto_resume=no_resume, world=world)
     else:
         pretrain, sft = pipeline_configs(config)
-        run_pretrain(pretrain, device=device, resume_path=resume, no_auto_resume=no_resume)
-        run_sft(sft, device=device, no_auto_resume=True, init_model_path=pretrained_model())
+        run_pretrain(pretrain, device=device, resume_path=resume, no_auto_resume=no_resume, world=world)
+        init = world.from_main(pretrained_model)
+        run_sft(sft, device=device, no_auto_resume=True, init_model_path=init, world=world)
 
 
 def pretrained_model() -> Path:

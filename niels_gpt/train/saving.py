@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.files import is_disk_full
 from niels_gpt.train.budget import Budget
 from niels_gpt.train.job import Job
+from niels_gpt.train.parallel import as_sharded, whole_state
 from niels_gpt.train.report import Reporter
 from niels_gpt.train.state import RunState
 from niels_gpt.train.step import Stepper
@@ -29,11 +32,12 @@ class Saver:
         resume: dict[str, Any] = loaded["resume"] or {}
         self._warn_of_changes(resume)
         if loaded["optimizer_state"] is not None:
-            self.stepper.optimizer.load_state_dict(loaded["optimizer_state"])
+            optimizer = self.stepper.optimizer
+            optimizer.load_state_dict(as_sharded(optimizer, loaded["optimizer_state"]))
         if self.stepper.scaler is not None and resume.get("scaler"):
             self.stepper.scaler.load_state_dict(resume["scaler"])
         # A kill between the first two files of a save can leave a best loss without its file: the next one is the best.
-        has_best = ckpt.phase_paths(self.job.phase).best.is_file()
+        has_best = self.job.world.from_main(ckpt.phase_paths(self.job.phase).best.is_file)
         state = RunState(
             step=loaded["step"],
             tokens_seen=resume.get("tokens_seen", 0),
@@ -67,14 +71,32 @@ class Saver:
 
     def save(self, state: RunState, budget: Budget, *, is_best: bool, final: bool) -> None:
         """One durable step file, then its copies. A full disk is an error at the end and a warning on the way."""
+        world = self.job.world
+        weights = whole_state(self.stepper.model.state_dict(keep_vars=world.size > 1), world)
+        optimizer_state = whole_state(self.stepper.optimizer.state_dict(), world)
+        write = partial(self._write, weights, optimizer_state, state, budget, is_best=is_best, final=final)
+        if world.from_main(write):
+            self.saved_step = state.step
+
+    def _write(
+        self,
+        weights: dict[str, Tensor],
+        optimizer_state: dict[str, Any],
+        state: RunState,
+        budget: Budget,
+        *,
+        is_best: bool,
+        final: bool,
+    ) -> bool:
+        """The part of the main process; False if the disk was full."""
         job = self.job
         try:
             ckpt.save_checkpoint(
                 ckpt.step_path(job.phase, state.step),
                 model_cfg=job.resolved.model_cfg,
                 train_cfg=ckpt.training_record(job.resolved),
-                model=self.stepper.model,
-                optimizer=self.stepper.optimizer,
+                model=weights,
+                optimizer=optimizer_state,
                 step=state.step,
                 best_val_loss=state.best_val_loss,
                 resume=self._resume_record(state, budget),
@@ -93,8 +115,8 @@ class Saver:
                 raise
             reason = error.strerror or error
             self.reporter.warn(f"step {state.step}: not saved: {reason}; trying again at the next save")
-            return
-        self.saved_step = state.step
+            return False
+        return True
 
     def _resume_record(self, state: RunState, budget: Budget) -> dict[str, Any]:
         scaler = self.stepper.scaler

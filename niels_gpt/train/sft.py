@@ -16,10 +16,11 @@ from niels_gpt.cache.sft import open_mix
 from niels_gpt.epochs import TextRows
 from niels_gpt.mixes import open_mixes
 from niels_gpt.settings import Settings
+from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import stream_eval
-from niels_gpt.train.report import Reporter
+from niels_gpt.train.report import reporter_for
 from niels_gpt.train.start import Overrides, Start, eval_shape, fingerprint, start_phase, weighted_metric
 
 PHASE = "sft"
@@ -34,15 +35,18 @@ def run_sft(
     no_auto_resume: bool = False,
     init_model_path: str | Path | None = None,
     quiet: bool = False,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Fine-tune on chats; `init_model_path` gives the weights of a fresh run (optimizer, step and best start anew).
 
     Returns final_step, best_val_loss, last_val_pretrain_loss, last_val_sft_loss, latest_path, best_path.
     """
-    start = start_phase(PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume)
+    start = start_phase(
+        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, world=world
+    )
     job = sft_job(start)
     init = Path(init_model_path) if init_model_path is not None and start.resume is None else None
-    reporter = Reporter(PHASE, start.resolved.run_id, quiet=quiet)
+    reporter = reporter_for(start.world, PHASE, start.resolved.run_id, quiet=quiet)
     if start.resume is not None:
         reporter.say(f"resumed from {start.resume}")
     elif init is not None:
@@ -89,6 +93,7 @@ def sft_job(start: Start) -> Job:
             options, {"pretrain_val_loss": found.get("pretrain"), "sft_val_loss": found.get("sft")}
         ),
         tokenizer_model=start.tokenizer_model,
+        world=start.world,
         data=sft_fingerprint(settings, sources),
     )
 

@@ -15,7 +15,7 @@ from niels_gpt.device import keep_freed_memory, resolve_device
 from niels_gpt.eval import EvalResult
 from niels_gpt.files import sha256_file
 from niels_gpt.paths import ensure_dirs
-from niels_gpt.settings import PhaseSettings, ResolvedSettings, Settings, resolve_settings, tokenizer_file
+from niels_gpt.settings import PhaseSettings, ResolvedSettings, Settings, new_run_id, resolve_settings, tokenizer_file
 from niels_gpt.tokenizer import (
     ByteTokenizer,
     SentencePieceTokenizer,
@@ -23,6 +23,7 @@ from niels_gpt.tokenizer import (
     load_tokenizer,
     missing_tokenizer,
 )
+from niels_gpt.train.distributed import ALONE, World
 
 Overrides = str | Path | Mapping[str, Any] | None
 
@@ -35,6 +36,7 @@ class Start:
     device: str
     tokenizer: Tokenizer
     resume: Path | None
+    world: World = ALONE
 
     @property
     def settings(self) -> Settings:
@@ -51,24 +53,33 @@ class Start:
 
 
 def start_phase(
-    phase: str, config: Overrides, *, device: str | None, resume_path: str | Path | None, no_auto_resume: bool
+    phase: str,
+    config: Overrides,
+    *,
+    device: str | None,
+    resume_path: str | Path | None,
+    no_auto_resume: bool,
+    world: World = ALONE,
 ) -> Start:
     """Resolve everything a phase needs; a resumed run keeps its run id. ValueError/FileNotFoundError for people."""
     ensure_dirs()
     keep_freed_memory()
     chosen = resolve_device(device)
-    resume = find_resume(phase, resume_path, no_auto_resume)
-    run_id = None
-    if resume is not None:
-        record = ckpt.load_checkpoint(resume, device="cpu")["resume"] or {}
-        run_id = record.get("run_id") if record.get("phase") == phase else None
-    resolved = resolve_settings(phase, config, run_id=run_id, write_resolved=True)
+    resume = world.from_main(lambda: find_resume(phase, resume_path, no_auto_resume))
+    run_id = world.from_main(lambda: _run_id(phase, resume))
+    resolved = resolve_settings(phase, config, run_id=run_id, write_resolved=world.is_main)
     reproducibility = resolved.settings.reproducibility
     if reproducibility.torch_num_threads is not None:
         torch.set_num_threads(reproducibility.torch_num_threads)
     if reproducibility.torch_matmul_precision is not None:
         torch.set_float32_matmul_precision(reproducibility.torch_matmul_precision)
-    return Start(resolved, chosen, open_tokenizer(resolved.settings), resume)
+    return Start(resolved, chosen, open_tokenizer(resolved.settings), resume, world)
+
+
+def _run_id(phase: str, resume: Path | None) -> str:
+    record = (ckpt.load_checkpoint(resume, device="cpu")["resume"] if resume is not None else None) or {}
+    kept = record.get("run_id") if record.get("phase") == phase else None
+    return kept or new_run_id()
 
 
 def find_resume(phase: str, resume_path: str | Path | None, no_auto_resume: bool) -> Path | None:
