@@ -18,12 +18,14 @@ from niels_gpt.checkpoint.format import (
     training_record,
 )
 from niels_gpt.checkpoint.loaded import LoadedModel, is_byte_model, load_model
+from niels_gpt.checkpoint.plain import NotFinite
 from niels_gpt.checkpoint.weights import architecture_of, build_model, validate_model_config_match
 
 __all__ = [
     "FORMAT_VERSION",
     "Checkpoint",
     "LoadedModel",
+    "NotFinite",
     "PhasePaths",
     "architecture_of",
     "build_model",

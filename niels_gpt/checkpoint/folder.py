@@ -58,14 +58,15 @@ def publish(
     *,
     is_best: bool,
     keep_last: int,
+    keep_every: int | None = None,
     sidecar: Mapping[str, Any] | None = None,
-    resumed_from: Path | None = None,
+    spared: Iterable[Path] = (),
 ) -> PhasePaths:
     """Make the durable step file the phase's latest (and best) and the root's, each with its sidecar; then thin out.
 
     The best goes first: if the process dies in between, a resume from the older latest reaches this step again.
-    Of the older step files the newest `keep_last` (at least 2) that match their checksums stay, with `resumed_from`
-    and the one that is the best.
+    Of the older step files the newest `keep_last` (at least 2) that match their checksums stay, with those in `spared`,
+    the one that is the best, and those of every `keep_every`-th step.
     """
     source, found = step_path(phase, step), phase_paths(phase)
     targets = [found.best, paths.CHECKPOINT_DIR / found.best.name] if is_best else []
@@ -75,7 +76,7 @@ def publish(
         for target in targets:
             files.publish_copy(source, target)
             _write_sidecar(target, sidecar)
-    _thin_out(found, keep_last, kept=[source, *([resumed_from] if resumed_from else [])])
+    _thin_out(found, keep_last, keep_every, spared=[source, found.best, *spared])
     return found
 
 
@@ -91,19 +92,24 @@ def _step_files(found: PhasePaths) -> list[Path]:
     return sorted(found.step_dir.glob("step_*.pt"), key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
 
 
-def _thin_out(found: PhasePaths, keep_last: int, kept: Iterable[Path]) -> None:
+def _thin_out(found: PhasePaths, keep_last: int, keep_every: int | None, spared: Iterable[Path]) -> None:
     wanted = max(FEWEST_KEPT, keep_last)
     newest_first = _step_files(found)
     if len(newest_first) <= wanted:
         return
-    spared = [path for path in (*kept, found.best) if path.exists()]
+    there = [path for path in spared if path.exists()]
     good = 0
     for path in newest_first:
         if good < wanted:
             good += is_good(path)
-        elif not any(path.samefile(other) for other in spared):
+        elif not (_is_milestone(path, keep_every) or any(path.samefile(other) for other in there)):
             path.unlink()
             sidecar_path(path).unlink(missing_ok=True)
+
+
+def _is_milestone(path: Path, keep_every: int | None) -> bool:
+    number = path.stem.removeprefix("step_")
+    return keep_every is not None and number.isdecimal() and int(number) % keep_every == 0
 
 
 def newest_good(phase: str) -> Path | None:

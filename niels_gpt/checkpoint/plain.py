@@ -98,8 +98,12 @@ def tensor_bytes(value: Any) -> int:
     return sum({t.data_ptr(): t.untyped_storage().nbytes() for _, t in tensors_in(value)}.values())
 
 
+class NotFinite(ValueError):
+    """A tensor holds NaN or an infinity."""
+
+
 def check_finite(value: Any, where: str = "") -> None:
-    """ValueError naming the first tensor that holds NaN or an infinity."""
+    """NotFinite naming the first tensor that holds NaN or an infinity."""
     for name, tensor in tensors_in(value, where):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} holds NaN or an infinity: such a checkpoint is refused")
+            raise NotFinite(f"{name} holds NaN or an infinity: such a checkpoint is refused")

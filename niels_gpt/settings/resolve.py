@@ -127,10 +127,13 @@ def resolve_settings(
     overrides: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     *,
     overrides_path: str | os.PathLike[str] | None = None,
+    flags: Mapping[str, Any] | None = None,
     run_id: str | None = None,
     write_resolved: bool = False,
 ) -> ResolvedSettings:
     """Settings of one phase from a dict or a file of overrides; optionally recorded under `paths.RUNS_DIR/<run_id>/`.
+
+    flags: settings-shaped values of the command line, which win over the overrides.
 
     Raises: FileNotFoundError for a missing file, ValueError (one line per problem) for everything else that is wrong.
     """
@@ -139,7 +142,7 @@ def resolve_settings(
     if overrides is not None and overrides_path is not None:
         raise ValueError("give overrides or overrides_path, not both")
     source = overrides_path if overrides is None else overrides
-    given = load_overrides(source)
+    given = _with_flags(load_overrides(source), flags or {})
     settings = validate_overrides(given)
     run_id = run_id or new_run_id()
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", run_id):
@@ -176,6 +179,15 @@ def resolve_settings(
     if resolved_path is not None:
         files.write_json(resolved_path, resolved.record())
     return resolved
+
+
+def _with_flags(overrides: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(overrides)
+    for key, value in flags.items():
+        below = merged.get(key, {})
+        is_section = isinstance(value, Mapping) and isinstance(below, Mapping)
+        merged[key] = _with_flags(below, value) if is_section else value
+    return merged
 
 
 def new_run_id() -> str:

@@ -63,6 +63,7 @@ class PhaseSettings(Section):
     log_every: int = knob(50, "steps between log lines", ge=1, le=MANY)
     ckpt_every: int = knob(1000, "steps between checkpoints", ge=1, le=MANY)
     keep_last: int = knob(3, "step checkpoints to keep", ge=2, le=MANY)
+    keep_every: int | None = knob(None, "keep the checkpoints of every such step for good as well", ge=1, le=MANY)
     optimizer: Literal["adamw", "muon"] = knob("adamw", "muon = Muon for block matrices, AdamW for the rest")
     base_lr: float = knob(3e-4, "peak learning rate of AdamW", gt=0, le=10)
     warmup_steps: int = knob(340, "steps of linear warm-up", ge=0, le=MANY)
@@ -115,6 +116,7 @@ class SftPhaseSettings(PhaseSettings):
 class TrainingSettings(Section):
     pretrain: PhaseSettings = section(PhaseSettings, "pretraining")
     sft: SftPhaseSettings = section(SftPhaseSettings, "fine-tuning")
+    sft_share: float = knob(0.1, "fine-tuning's share of a pipeline's --minutes or --until", gt=0, lt=1)
 
     @field_validator("pretrain")
     @classmethod

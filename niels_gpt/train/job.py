@@ -23,6 +23,8 @@ class Job:
     tokenizer_model: bytes | None = None  # goes into every checkpoint, so that one file can chat
     world: World = ALONE  # the processes that share the work
     data: Mapping[str, object] = field(default_factory=dict)  # fingerprint of what is learnt from
+    began: float | None = None  # `time.perf_counter()` when the phase began, before caches were opened
+    deadline: float | None = None  # `time.time()` at which it must be over
 
     @property
     def options(self) -> PhaseSettings:

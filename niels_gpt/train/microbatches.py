@@ -29,14 +29,19 @@ class Microbatches:
 
         ValueError if the rows of a step cannot be divided by `world`.
         """
-        if self.rows % world:
+        given = replace(self, rank=rank, world=world)
+        shared = given if self.count % world == 0 else given.smaller(self.size)
+        if shared is None:
             fitting = ", ".join(str(n) for n in range(1, self.rows + 1) if self.rows % n == 0)
             raise ValueError(
                 f"a step of {self.rows} rows (micro_B x accum_steps) cannot be shared by {world} processes; "
                 f"start {fitting} of them, or change micro_B or accum_steps"
             )
-        size = self.size
-        if self.count % world:
-            each = self.rows // world
-            size = max(n for n in range(1, self.size + 1) if each % n == 0)
-        return replace(self, size=size, count=self.rows // size, rank=rank, world=world)
+        return shared
+
+    def smaller(self, limit: int | None = None) -> Microbatches | None:
+        """The same rows in pieces of at most `limit` rows (default: half the size); None if they cannot be so cut."""
+        for size in range(self.size // 2 if limit is None else limit, 0, -1):
+            if self.rows % size == 0 and self.rows // size % self.world == 0:
+                return replace(self, size=size, count=self.rows // size)
+        return None

@@ -6,19 +6,15 @@ The loss is divided by the number of targets of all processes, so the sum over p
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import islice, zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from niels_gpt.batching import Batch
 from niels_gpt.device import Precision
-from niels_gpt.eval import EvalResult, evaluate
 from niels_gpt.model.gpt import GPT
-from niels_gpt.model.loss import IGNORED
 from niels_gpt.optim import Optimizer, OptimizerGroup, sharded_like, whole
 from niels_gpt.train.distributed import World, exchanging, mapped
 
@@ -71,23 +67,17 @@ def backward_pass(forward: Callable[..., Tensor], model: nn.Module, *, last: boo
         yield
 
 
-def evaluate_together(
-    model: GPT, batches: Iterable[Batch], world: World, *, device: str, precision: Precision
-) -> EvalResult:
-    """`evaluate` with the batches dealt out to the processes; the sum is in the order of the batches, so to the bit."""
-    if world.size == 1:
-        return evaluate(model, batches, device=device, precision=precision)
-    found: list[tuple[float, int]] = []
-    counted = (batch for batch in batches if bool((batch.y != IGNORED).any()))
-    while together := list(islice(counted, world.size)):
-        # With FSDP all must compute at the same time, so one without a batch of its own does the first once more.
-        mine = world.rank < len(together)
-        result = evaluate(model, [together[world.rank if mine else 0]], device=device, precision=precision)
-        found += [(result.nats, result.tokens)] if mine else []
-    if isinstance(model, FSDPModule):
+def settle(model: nn.Module) -> None:
+    """After an evaluation: give back what FSDP keeps gathered until a backward pass, which does not come."""
+    if torch.distributed.is_available() and isinstance(model, FSDPModule):
         model.reshard()
-    in_order = [result for row in zip_longest(*world.gather(found)) for result in row if result is not None]
-    return EvalResult(sum(nats for nats, _ in in_order), sum(tokens for _, tokens in in_order))
+
+
+def load_weights(model: nn.Module, whole_model: nn.Module) -> None:
+    """Copy all parameters of one model into another of the same shape, which may be sharded."""
+    with torch.no_grad():
+        for p, values in zip(model.parameters(), whole_model.parameters(), strict=True):
+            p.copy_(sharded_like(p, values.to(p.device)))
 
 
 def whole_state(state: Any, world: World) -> Any:

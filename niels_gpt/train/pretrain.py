@@ -14,7 +14,7 @@ from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
 from niels_gpt.train.report import reporter_for
-from niels_gpt.train.start import Overrides, Start, eval_shape, fingerprint, start_phase, weighted_metric
+from niels_gpt.train.start import Overrides, Start, TimeLimit, eval_shape, fingerprint, start_phase, weighted_metric
 
 PHASE = "pretrain"
 
@@ -25,6 +25,7 @@ def run_pretrain(
     device: str | None = None,
     resume_path: str | Path | None = None,
     no_auto_resume: bool = False,
+    limit: TimeLimit | None = None,
     quiet: bool = False,
     world: World = ALONE,
 ) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def run_pretrain(
     latest_path, best_path.
     """
     start = start_phase(
-        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, world=world
+        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit, world=world
     )
     job = pretrain_job(start)
     reporter = reporter_for(start.world, PHASE, start.resolved.run_id, quiet=quiet)
@@ -77,6 +78,8 @@ def pretrain_job(start: Start) -> Job:
         data=fingerprint(settings.data.caches.pretrain_token_cache, streams)
         if on_caches
         else text_hashes(settings, streams),
+        began=start.began,
+        deadline=start.deadline,
     )
 
 

@@ -80,14 +80,14 @@ class Reporter:
             f"activation_checkpointing={options.activation_checkpointing}, micro_B={options.micro_B}, "
             f"accum_steps={options.accum_steps}, effective_batch={effective}, params={loop.model.num_parameters:,}"
         )
-        self._forget_after(loop.state.step)
+        self.forget_after(loop.state.step)
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"))
             self._bar = Progress(*columns, TextColumn("{task.fields[info]}"), console=self.console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task(self.phase, total=1.0, info="")
 
-    def _forget_after(self, step: int) -> None:
+    def forget_after(self, step: int) -> None:
         """Drop metrics of steps that a resumed run takes again."""
         if not self.metrics_path.is_file():
             self.metrics_path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,30 +1,35 @@
 """`python -m train.run`: pretraining, fine-tuning, or both in a row.
 
     python -m train.run --phase pretrain --config configs/pretrain.json [--device cpu|mps|cuda]
-                        [--resume PATH | --no-resume] [--print_config]
-    python -m train.run --phase pipeline --config configs/pipeline.json --no-resume
+                        [--resume PATH | --no-resume] [--minutes X | --until HH:MM] [--print_config]
+    python -m train.run --phase pipeline --config configs/pipeline.json --until 07:00
 
 Exit code 0 when trained, 1 when it failed, 2 for wrong usage, 128+n when signal n stopped it (its state is saved).
+docs/training.md tells how a run behaves that nobody watches.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from niels_gpt import files, paths
-from niels_gpt.checkpoint import phase_paths
 from niels_gpt.device import resolve_device
 from niels_gpt.settings import resolve_settings
-from niels_gpt.train.distributed import ALONE, World, joined
+from niels_gpt.train.distributed import ALONE, MainFailed, World, joined
 from niels_gpt.train.loop import Interrupted
+from niels_gpt.train.pipeline import pipeline_configs, run_pipeline, shares
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.sft import run_sft
+from niels_gpt.train.signals import leaving_on_signals
+from niels_gpt.train.start import TimeLimit
 
-PIPELINE_KEYS = {"pretrain_config_path", "sft_config_path"}
+LONGEST = 525600  # minutes: a year
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,17 +39,27 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.phase is None or (args.config is None and args.profile is None):
         _parser().error("--phase and one of --config or --profile are required")
+    limit = TimeLimit(args.minutes, args.until)
     try:
-        config = Path(args.config) if args.config is not None else profile_path(args.profile)
-        device = resolve_device(args.device)
-        if args.print_config:
-            print(f"using device: {device}", file=sys.stderr)
-            print(json.dumps(resolved_configs(args.phase, config), indent=2, sort_keys=True))
-            return 0
-        with joined(device) as world:
-            if world.is_main:
-                print(f"using device: {device}")
-            run_phase(args.phase, config, device=device, resume=args.resume, no_resume=args.no_resume, world=world)
+        with leaving_on_signals():
+            config = Path(args.config) if args.config is not None else profile_path(args.profile)
+            device = resolve_device(args.device)
+            if args.print_config:
+                print(f"using device: {device}", file=sys.stderr)
+                print(json.dumps(resolved_configs(args.phase, config, limit), indent=2, sort_keys=True))
+                return 0
+            with joined(device) as world:
+                if world.is_main:
+                    print(f"using device: {device}")
+                run_phase(
+                    args.phase,
+                    config,
+                    device=device,
+                    resume=args.resume,
+                    no_resume=args.no_resume,
+                    limit=world.from_main(lambda: limit),
+                    world=world,
+                )
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
@@ -52,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         files.discard_output()
         print("the output was closed, so training stopped; the same command goes on", file=sys.stderr)
         return 1
-    except (ValueError, OSError, RuntimeError) as error:
+    except MainFailed:  # the main process says why
+        return 1
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         print(f"error: {files.explained(error)}", file=sys.stderr)
         return 1
     return 0
@@ -67,8 +84,40 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, mps or cuda; by default the best there is")
     parser.add_argument("--resume", metavar="PATH", help="go on from this checkpoint")
     parser.add_argument("--no-resume", action="store_true", help="start afresh even if there is a checkpoint")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=minutes, metavar="X", help="end after this many minutes, on any machine")
+    budget.add_argument("--until", type=moment, metavar="HH:MM", help="end at this time of day, or ISO date and time")
     parser.add_argument("--print_config", action="store_true", help="print the resolved settings as JSON and stop")
     return parser
+
+
+def minutes(text: str) -> float:
+    """The value of --minutes; argparse.ArgumentTypeError if it cannot be one."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= LONGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of minutes above 0, {LONGEST} (a year) at most")
+    return value
+
+
+def moment(text: str) -> float:
+    """The value of --until as `time.time()`: the next time the clock shows HH:MM, or an ISO date and time."""
+    now = datetime.now().astimezone()
+    try:
+        at = datetime.combine(now, datetime.strptime(text, "%H:%M").time()).astimezone()
+        at += timedelta(days=at <= now)
+    except ValueError:
+        try:
+            at = datetime.fromisoformat(text).astimezone()
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no time such as 07:00 or 2031-05-17T07:00") from None
+    if at <= now:
+        raise argparse.ArgumentTypeError(f"{text} is over: it is {now:%Y-%m-%dT%H:%M} now")
+    if at - now > timedelta(minutes=LONGEST):
+        raise argparse.ArgumentTypeError(f"{text} is more than a year away")
+    return at.timestamp()
 
 
 def profiles() -> list[str]:
@@ -85,53 +134,37 @@ def profile_path(name: str) -> Path:
     raise ValueError(f"unknown profile {name!r}; profiles are {', '.join(profiles())}")
 
 
-def pipeline_configs(config: Path) -> tuple[Path, Path]:
-    """The two config files a pipeline names, relative to the current folder or to the pipeline's own."""
-    content = files.read_json(config)
-    keys = set(content) - {"_why"} if isinstance(content, dict) else set()
-    if keys != PIPELINE_KEYS:
-        raise ValueError(f"{config} must hold exactly {' and '.join(sorted(PIPELINE_KEYS))}, it holds {sorted(keys)}")
-    found = []
-    for key in ("pretrain_config_path", "sft_config_path"):
-        path = Path(content[key])
-        beside = config.parent / path.name
-        found.append(path if path.is_file() else beside)
-    return found[0], found[1]
-
-
-def resolved_configs(phase: str, config: Path) -> dict[str, Any]:
+def resolved_configs(phase: str, config: Path, limit: TimeLimit) -> dict[str, Any]:
     """The settings `--print_config` shows; nothing is written."""
     if phase != "pipeline":
-        return resolve_settings(phase, config).settings.model_dump(mode="json")
-    pretrain, sft = pipeline_configs(config)
+        return resolve_settings(phase, config, flags=limit.flags(phase)).settings.model_dump(mode="json")
+    configs = dict(zip(("pretrain", "sft"), pipeline_configs(config), strict=True))
+    limits = shares(limit, configs["pretrain"])
     return {
-        name: resolve_settings(name, path).settings.model_dump(mode="json")
-        for name, path in (("pretrain", pretrain), ("sft", sft))
+        name: resolve_settings(name, path, flags=limits[name].flags(name)).settings.model_dump(mode="json")
+        for name, path in configs.items()
     }
 
 
 def run_phase(
-    phase: str, config: Path, *, device: str, resume: str | None, no_resume: bool, world: World = ALONE
+    phase: str,
+    config: Path,
+    *,
+    device: str,
+    resume: str | None,
+    no_resume: bool,
+    limit: TimeLimit | None = None,
+    world: World = ALONE,
 ) -> None:
     """Run one phase, or pretraining and then fine-tuning from its best checkpoint."""
-    if phase == "pretrain":
-        run_pretrain(config, device=device, resume_path=resume, no_auto_resume=no_resume, world=world)
-    elif phase == "sft":
-        run_sft(config, device=device, resume_path=resume, no_auto_resume=no_resume, world=world)
-    else:
-        pretrain, sft = pipeline_configs(config)
-        run_pretrain(pretrain, device=device, resume_path=resume, no_auto_resume=no_resume, world=world)
-        init = world.from_main(pretrained_model)
-        run_sft(sft, device=device, no_auto_resume=True, init_model_path=init, world=world)
-
-
-def pretrained_model() -> Path:
-    """The checkpoint fine-tuning starts from: pretraining's best, else its latest."""
-    found = phase_paths("pretrain")
-    for path in (found.best, found.latest):
-        if path.is_file():
-            return path
-    raise RuntimeError(f"pretraining left no checkpoint in {found.step_dir}; run --phase pretrain first")
+    options: dict[str, Any] = {
+        "device": device,
+        "resume_path": resume,
+        "no_auto_resume": no_resume,
+        "limit": limit,
+        "world": world,
+    }
+    {"pretrain": run_pretrain, "sft": run_sft, "pipeline": run_pipeline}[phase](config, **options)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+import time
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,23 @@ from niels_gpt.train.state import RunState
 from niels_gpt.train.step import Stepper
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint whose weights a run began with."""
+
+    path: str
+    run_id: str | None
+    step: int
+
+    @classmethod
+    def of(cls, path: Path, loaded: ckpt.Checkpoint) -> Origin:
+        return cls(str(path), (loaded["resume"] or {}).get("run_id"), loaded["step"])
+
+    def is_still_there(self) -> bool:
+        path = Path(self.path)
+        return ckpt.is_good(path) and self == Origin.of(path, ckpt.load_checkpoint(path, device="cpu"))
+
+
 class Saver:
     """Saves and restores one phase of one run."""
 
@@ -26,27 +44,49 @@ class Saver:
         self.job, self.stepper, self.reporter, self.resumed_from = job, stepper, reporter, resumed_from
         self.options = job.options
         self.saved_step = -1
+        self.origin: Origin | None = None
+        self.is_finished = False  # what the newest checkpoint says
+        self.finished_seconds: float | None = None  # the time budget that it has completed
 
-    def restore(self, loaded: ckpt.Checkpoint) -> tuple[RunState, float]:
+    def restore(self, loaded: ckpt.Checkpoint, *, quiet: bool = False) -> tuple[RunState, float]:
         """Load optimizer and scaler; returns the counters and the seconds already spent."""
         resume: dict[str, Any] = loaded["resume"] or {}
-        self._warn_of_changes(resume)
+        if not quiet:
+            self._warn_of_changes(resume)
+        stepper = self.stepper
         if loaded["optimizer_state"] is not None:
-            optimizer = self.stepper.optimizer
-            optimizer.load_state_dict(as_sharded(optimizer, loaded["optimizer_state"]))
-        if self.stepper.scaler is not None and resume.get("scaler"):
-            self.stepper.scaler.load_state_dict(resume["scaler"])
+            stepper.optimizer.load_state_dict(as_sharded(stepper.optimizer, loaded["optimizer_state"]))
+        if stepper.scaler is not None and resume.get("scaler"):
+            stepper.scaler.load_state_dict(resume["scaler"])
+        if resume.get("batch") == self._batch() and resume["microbatch"] < stepper.microbatches.size:  # memory ran out
+            stepper.microbatches = stepper.microbatches.smaller(resume["microbatch"]) or stepper.microbatches
+        self.origin = Origin(**resume["origin"]) if resume.get("origin") else None
+        known = {f.name: resume[f.name] for f in fields(RunState) if f.name in resume}
         # A kill between the first two files of a save can leave a best loss without its file: the next one is the best.
         has_best = self.job.world.from_main(ckpt.phase_paths(self.job.phase).best.is_file)
-        state = RunState(
-            step=loaded["step"],
-            tokens_seen=resume.get("tokens_seen", 0),
-            skipped_steps=resume.get("skipped_steps", 0),
-            best_val_loss=loaded["best_val_loss"] if has_best else None,
-            best_step=resume.get("best_step") if has_best else None,
-        )
-        self.saved_step = state.step
+        step, best = loaded["step"], loaded["best_val_loss"]
+        state = RunState(**{"good_step": step, "evaluated_step": step, **known, "step": step, "best_val_loss": best})
+        if not has_best:
+            state.best_val_loss = state.best_step = None
+        self.saved_step = step
+        self.is_finished, self.finished_seconds = resume.get("is_finished", False), resume.get("finished_s")
         return state, float(resume.get("elapsed_s", 0.0))
+
+    def rollback_point(self, state: RunState) -> tuple[Path | None, bool]:
+        """The last good checkpoint and True; else what the run began with (None: random weights) and False."""
+        if state.good_step is not None:
+            path = ckpt.step_path(self.job.phase, state.good_step)
+            if ckpt.is_good(path):
+                record = ckpt.load_checkpoint(path, device="cpu")["resume"] or {}
+                if record.get("run_id") == self.job.resolved.run_id:
+                    return path, True
+        elif self.origin is None:
+            return None, False
+        elif self.origin.is_still_there():
+            return Path(self.origin.path), False
+        if self.resumed_from is not None and ckpt.is_good(self.resumed_from):
+            return self.resumed_from, True
+        raise ValueError("there is no sound checkpoint left to roll back to, and training cannot go on from here")
 
     def _warn_of_changes(self, resume: dict[str, Any]) -> None:
         if resume.get("phase", self.job.phase) != self.job.phase:
@@ -66,30 +106,51 @@ class Saver:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "num_threads": torch.get_num_threads(),
             "precision": self.stepper.precision.name,
+            "compiled": self.stepper.compiled,
             "data": dict(self.job.data),
         }
 
-    def save(self, state: RunState, budget: Budget, *, is_best: bool, final: bool) -> None:
-        """One durable step file, then its copies. A full disk is an error at the end and a warning on the way."""
-        world = self.job.world
+    def _batch(self) -> list[int]:
+        """The step's batch as the settings cut it: a smaller cut of the same one is kept, of another one it is not."""
+        return [self.options.micro_B, self.options.accum_steps]
+
+    def save(self, state: RunState, budget: Budget, *, is_best: bool, on_schedule: bool, finished: bool) -> bool:
+        """One durable step file, then its copies; False if the disk was full, which is a warning on the way.
+
+        on_schedule: a run that nothing disturbs saves here, too: a place to roll back to. finished: nothing follows.
+        Raises OSError if the disk is full at the end, NotFinite if the weights are no numbers any more.
+        """
+        world, began = self.job.world, time.perf_counter()
+        good_step = state.good_step
+        if on_schedule and not state.skipped_in_a_row:
+            state.good_step = state.step
         weights = whole_state(self.stepper.model.state_dict(keep_vars=world.size > 1), world)
         optimizer_state = whole_state(self.stepper.optimizer.state_dict(), world)
-        write = partial(self._write, weights, optimizer_state, state, budget, is_best=is_best, final=final)
-        if world.from_main(write):
-            self.saved_step = state.step
+        record = self._resume_record(state, budget, finished=finished)
+        failure = world.from_main(lambda: self._write(state, weights, optimizer_state, record, is_best=is_best))
+        if failure is not None:
+            state.good_step = good_step
+            if isinstance(failure, ckpt.NotFinite) or not on_schedule:
+                raise failure
+            reason = failure.strerror or failure
+            self.reporter.warn(f"step {state.step}: not saved: {reason}; trying again at the next save")
+            return False
+        self.saved_step, self.is_finished = state.step, finished
+        budget.note_save(time.perf_counter() - began)
+        return True
 
     def _write(
         self,
+        state: RunState,
         weights: dict[str, Tensor],
         optimizer_state: dict[str, Any],
-        state: RunState,
-        budget: Budget,
+        record: dict[str, Any],
         *,
         is_best: bool,
-        final: bool,
-    ) -> bool:
-        """The part of the main process; False if the disk was full."""
+    ) -> OSError | ckpt.NotFinite | None:
+        """What the main process alone does; a failure that all must know of is returned."""
         job = self.job
+        spared = [self.resumed_from, None if state.good_step is None else ckpt.step_path(job.phase, state.good_step)]
         try:
             ckpt.save_checkpoint(
                 ckpt.step_path(job.phase, state.step),
@@ -99,7 +160,7 @@ class Saver:
                 optimizer=optimizer_state,
                 step=state.step,
                 best_val_loss=state.best_val_loss,
-                resume=self._resume_record(state, budget),
+                resume=record,
                 tokenizer_model=job.tokenizer_model,
             )
             ckpt.publish(
@@ -107,29 +168,31 @@ class Saver:
                 state.step,
                 is_best=is_best,
                 keep_last=self.options.keep_last,
+                keep_every=self.options.keep_every,
                 sidecar=job.resolved.record(),
-                resumed_from=self.resumed_from,
+                spared=[path for path in spared if path is not None],
             )
-        except OSError as error:
-            if final or not is_disk_full(error):
+        except (OSError, ckpt.NotFinite) as error:
+            if not isinstance(error, ckpt.NotFinite) and not is_disk_full(error):
                 raise
-            reason = error.strerror or error
-            self.reporter.warn(f"step {state.step}: not saved: {reason}; trying again at the next save")
-            return False
-        return True
+            return error
+        return None
 
-    def _resume_record(self, state: RunState, budget: Budget) -> dict[str, Any]:
-        scaler = self.stepper.scaler
+    def _resume_record(self, state: RunState, budget: Budget, *, finished: bool) -> dict[str, Any]:
+        stepper = self.stepper
         return {
+            **{name: value for name, value in asdict(state).items() if name not in ("step", "best_val_loss")},
             "phase": self.job.phase,
             "run_id": self.job.resolved.run_id,
             "seed": self.options.seed,
             "total_steps": self.options.total_steps,
-            "tokens_seen": state.tokens_seen,
-            "skipped_steps": state.skipped_steps,
-            "best_step": state.best_step,
             "elapsed_s": budget.elapsed,
-            "scaler": None if scaler is None else scaler.state_dict(),
+            "origin": None if self.origin is None else asdict(self.origin),
+            "is_finished": finished,
+            "finished_s": budget.seconds if finished else None,
+            "batch": self._batch(),
+            "microbatch": stepper.microbatches.size,
+            "scaler": None if stepper.scaler is None else stepper.scaler.state_dict(),
             "settings": self.job.resolved.settings.model_dump(mode="json"),
             **self._identity(),
         }

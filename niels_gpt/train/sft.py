@@ -21,7 +21,7 @@ from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import stream_eval
 from niels_gpt.train.report import reporter_for
-from niels_gpt.train.start import Overrides, Start, eval_shape, fingerprint, start_phase, weighted_metric
+from niels_gpt.train.start import Overrides, Start, TimeLimit, eval_shape, fingerprint, start_phase, weighted_metric
 
 PHASE = "sft"
 TEXT = "text/"  # before the names of replayed sources
@@ -34,6 +34,7 @@ def run_sft(
     resume_path: str | Path | None = None,
     no_auto_resume: bool = False,
     init_model_path: str | Path | None = None,
+    limit: TimeLimit | None = None,
     quiet: bool = False,
     world: World = ALONE,
 ) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def run_sft(
     Returns final_step, best_val_loss, last_val_pretrain_loss, last_val_sft_loss, latest_path, best_path.
     """
     start = start_phase(
-        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, world=world
+        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit, world=world
     )
     job = sft_job(start)
     init = Path(init_model_path) if init_model_path is not None and start.resume is None else None
@@ -95,6 +96,8 @@ def sft_job(start: Start) -> Job:
         tokenizer_model=start.tokenizer_model,
         world=start.world,
         data=sft_fingerprint(settings, sources),
+        began=start.began,
+        deadline=start.deadline,
     )
 
 

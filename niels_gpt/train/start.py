@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from niels_gpt.tokenizer import (
 )
 from niels_gpt.train.distributed import ALONE, World
 
+SHORTEST_BUDGET = 1.0  # seconds: a deadline that is over still leaves time for the last evaluation and save
 Overrides = str | Path | Mapping[str, Any] | None
 
 
@@ -36,6 +38,8 @@ class Start:
     device: str
     tokenizer: Tokenizer
     resume: Path | None
+    began: float | None = None  # `time.perf_counter()`
+    deadline: float | None = None  # `time.time()`
     world: World = ALONE
 
     @property
@@ -52,6 +56,25 @@ class Start:
         return self.tokenizer.model_bytes if isinstance(self.tokenizer, SentencePieceTokenizer) else None
 
 
+@dataclass(frozen=True)
+class TimeLimit:
+    """How long a phase may take, asked for on the command line: minutes of work, or a moment on the wall clock."""
+
+    minutes: float | None = None
+    deadline: float | None = None  # `time.time()`
+
+    def total_minutes(self, spent_seconds: float) -> float | None:
+        """The time budget of a run that has used `spent_seconds` in earlier sessions; None without a limit."""
+        if self.deadline is None:
+            return self.minutes
+        return max(spent_seconds + self.deadline - time.time(), SHORTEST_BUDGET) / 60
+
+    def flags(self, phase: str, spent_seconds: float = 0.0) -> dict[str, Any]:
+        """As settings."""
+        minutes = self.total_minutes(spent_seconds)
+        return {} if minutes is None else {"training": {phase: {"minutes": minutes}}}
+
+
 def start_phase(
     phase: str,
     config: Overrides,
@@ -59,27 +82,30 @@ def start_phase(
     device: str | None,
     resume_path: str | Path | None,
     no_auto_resume: bool,
+    limit: TimeLimit | None = None,
     world: World = ALONE,
 ) -> Start:
     """Resolve everything a phase needs; a resumed run keeps its run id. ValueError/FileNotFoundError for people."""
+    began, limit = time.perf_counter(), limit or TimeLimit()
     ensure_dirs()
     keep_freed_memory()
     chosen = resolve_device(device)
     resume = world.from_main(lambda: find_resume(phase, resume_path, no_auto_resume))
-    run_id = world.from_main(lambda: _run_id(phase, resume))
-    resolved = resolve_settings(phase, config, run_id=run_id, write_resolved=world.is_main)
+    run_id, flags = world.from_main(lambda: _run_id_and_flags(phase, resume, limit))
+    resolved = resolve_settings(phase, config, flags=flags, run_id=run_id, write_resolved=world.is_main)
     reproducibility = resolved.settings.reproducibility
     if reproducibility.torch_num_threads is not None:
         torch.set_num_threads(reproducibility.torch_num_threads)
     if reproducibility.torch_matmul_precision is not None:
         torch.set_float32_matmul_precision(reproducibility.torch_matmul_precision)
-    return Start(resolved, chosen, open_tokenizer(resolved.settings), resume, world)
+    return Start(resolved, chosen, open_tokenizer(resolved.settings), resume, began, limit.deadline, world)
 
 
-def _run_id(phase: str, resume: Path | None) -> str:
+def _run_id_and_flags(phase: str, resume: Path | None, limit: TimeLimit) -> tuple[str, dict[str, Any]]:
+    """What a checkpoint to go on from decides: the run it belongs to, and how much of the time limit is used."""
     record = (ckpt.load_checkpoint(resume, device="cpu")["resume"] if resume is not None else None) or {}
     kept = record.get("run_id") if record.get("phase") == phase else None
-    return kept or new_run_id()
+    return kept or new_run_id(), limit.flags(phase, float(record.get("elapsed_s", 0.0)))
 
 
 def find_resume(phase: str, resume_path: str | Path | None, no_auto_resume: bool) -> Path | None:

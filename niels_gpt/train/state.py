@@ -25,6 +25,12 @@ class RunState:
     skipped_steps: int = 0
     best_val_loss: float | None = None
     best_step: int | None = None
+    evaluated_step: int = 0  # of the last evaluation that was completed
+    skipped_in_a_row: int = 0
+    lr_factor: float = 1.0  # lowered by every rollback
+    rollbacks: int = 0  # since training last got beyond `failed_step`
+    failed_step: int = 0  # where the last rollback was decided
+    good_step: int | None = None  # newest checkpoint on schedule, not amid skipped steps; None = the beginning
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class StepResult:
     grad_norm: float
     tokens: int
     applied: bool  # False when the loss or a gradient was not finite
+    rescaled: bool = False  # not applied because fp16 overflowed at this scale, which the scaler has now lowered
 
 
 @dataclass(frozen=True)

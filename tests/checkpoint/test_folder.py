@@ -85,7 +85,7 @@ def test_an_older_sidecar_does_not_describe_newer_weights(checkpoints):
 def test_retention_keeps_the_newest_the_best_and_the_resumed():
     first, second = write(1), write(2, is_best=True)
     for step in range(3, 9):
-        write(step, keep_last=3, resumed_from=first, sidecar={"step": step})
+        write(step, keep_last=3, spared=[first], sidecar={"step": step})
     assert steps() == [1, 2, 6, 7, 8]
     assert second.samefile(phase_paths("pretrain").best)
     kept = {p.name for p in phase_paths("pretrain").step_dir.glob("step_*.json")}

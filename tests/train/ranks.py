@@ -1,4 +1,4 @@
-"""What each process does in `test_distributed`: `torchrun -m tests.train.ranks CASES.json`, every case in its own folder.
+"""What each process does in `test_distributed`: `torchrun -m tests.train.ranks CASES.json`, each case in its folder.
 
 One start of PyTorch serves all cases; each writes `result.json` of what cannot be seen in its checkpoints.
 """

@@ -1,4 +1,4 @@
-"""Several processes under torchrun do what one does: the same bits, whatever their number, and together or not at all."""
+"""Several processes under torchrun do what one does: the same bits, however many, and together or not at all."""
 
 from __future__ import annotations
 
@@ -123,7 +123,9 @@ def test_two_processes_are_one(ground: Path, tiny_tokenizer: SentencePieceTokeni
     nats, tokens = evals[0]["primer"]
     assert evals[0] == evals[1] and float.fromhex(nats) / tokens == counted["last_val_loss"]
     main, other = result(ground / "refusals")
-    assert main[0] == "ValueError: the disk has gone" and other[0].startswith("MainFailed: process 0 failed: ValueError")
+    assert main[0] == "ValueError: the disk has gone" and other[0].startswith(
+        "MainFailed: process 0 failed: ValueError"
+    )
     assert "data differs between the processes" in main[1] and "data differs between the processes" in other[1]
 
 
