@@ -20,7 +20,6 @@ from niels_gpt.train.distributed import World, exchanging, mapped
 
 if torch.distributed.is_available():
     import torch.distributed as dist
-    from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
 
@@ -45,6 +44,8 @@ def shard(model: GPT, precision: Precision) -> None:
     """Keep of every parameter only this process's rows (FSDP2); a block's are gathered while it computes."""
     if precision.needs_scaler:
         raise ValueError("parallel=fsdp works in fp32 and bf16, not in fp16; set amp_dtype to bf16, or parallel to ddp")
+    from torch.distributed.fsdp import FSDPModule, fully_shard  # takes a second
+
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
@@ -54,14 +55,18 @@ def shard(model: GPT, precision: Precision) -> None:
             module.set_gradient_divide_factor(1.0)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    return hasattr(model, "set_requires_gradient_sync")
+
+
 @contextmanager
 def backward_pass(forward: Callable[..., Tensor], model: nn.Module, *, last: bool) -> Iterator[None]:
     """Around forward and backward of one microbatch: gradients are exchanged with the last of a step only."""
     if not (torch.distributed.is_available() and dist.is_initialized()):
         yield
         return
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+    if is_sharded(model):
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
     holds_back = isinstance(forward, DistributedDataParallel) and not last
     with exchanging(), forward.no_sync() if holds_back else nullcontext():  # type: ignore[attr-defined]
         yield
@@ -69,8 +74,8 @@ def backward_pass(forward: Callable[..., Tensor], model: nn.Module, *, last: boo
 
 def settle(model: nn.Module) -> None:
     """After an evaluation: give back what FSDP keeps gathered until a backward pass, which does not come."""
-    if torch.distributed.is_available() and isinstance(model, FSDPModule):
-        model.reshard()
+    if is_sharded(model):
+        model.reshard()  # type: ignore[operator]
 
 
 def load_weights(model: nn.Module, whole_model: nn.Module) -> None:

@@ -34,19 +34,20 @@ def poison(world: World, config: dict[str, Any], resume: str | None) -> object:
     loop = Loop(pretrain_job(start), device="cpu", reporter=reporter, resume=None, init=None)
     applied = [loop.train_step(0).applied]
     before = snapshot(loop)
-    clip, forward = torch.nn.utils.clip_grad_norm_, loop.stepper.forward
+    clip = torch.nn.utils.clip_grad_norm_
     for number, how in enumerate(("gradient", "loss", "norm", "nothing"), start=1):
+        hooks = []
         if world.rank == 1 and how == "gradient":
             victim = loop.model.blocks[0].mlp.fc_a.weight
-            hook = victim.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), math.inf))
+            hooks.append(victim.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), math.inf)))
         elif world.rank == 1 and how == "loss":
-            loop.stepper.forward = lambda *args, **kwargs: forward(*args, **kwargs) * math.nan
+            hooks.append(loop.model.register_forward_hook(lambda model, inputs, loss: loss * math.nan))
         elif world.rank == 1 and how == "norm":
             torch.nn.utils.clip_grad_norm_ = lambda *args, **kwargs: clip(*args, **kwargs) * math.nan
         applied.append(loop.train_step(number).applied)
-        if world.rank == 1 and how == "gradient":
+        torch.nn.utils.clip_grad_norm_ = clip
+        for hook in hooks:
             hook.remove()
-        torch.nn.utils.clip_grad_norm_, loop.stepper.forward = clip, forward
         if how != "nothing":
             assert snapshot(loop) == before, f"process {world.rank}: a poisoned {how} left a trace"
     assert snapshot(loop) != before
@@ -67,6 +68,24 @@ def metric(world: World, config: dict[str, Any], resume: str | None) -> object:
     return world.gather({name: [result.nats.hex(), result.tokens] for name, result in loop.last_evals.items()})
 
 
+def scarce(world: World, config: dict[str, Any], resume: str | None) -> object:
+    """Memory that lasts for two rows, in process 1 only: all make do with microbatches of two."""
+    start = start_phase("pretrain", config, device="cpu", resume_path=None, no_auto_resume=True, world=world)
+    reporter = reporter_for(world, "pretrain", start.resolved.run_id, quiet=True)
+    loop = Loop(pretrain_job(start), device="cpu", reporter=reporter, resume=None, init=None)
+
+    def refuse(model: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        if len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+
+    if world.rank == 1:
+        loop.model.register_forward_pre_hook(refuse)
+    losses = [loop.train_step(number).loss for number in range(3)]
+    loop.evaluate()
+    cut = loop.stepper.microbatches
+    return world.gather([losses, loop.last_evals["primer"].loss, cut.size, cut.count, loop.evaluation.most_rows])
+
+
 def refusals(world: World, config: dict[str, Any], resume: str | None) -> object:
     """What each process says when something is wrong on one of them."""
 
@@ -82,7 +101,7 @@ def refusals(world: World, config: dict[str, Any], resume: str | None) -> object
     return world.gather(said)
 
 
-ACTIONS = {"run": run, "poison": poison, "metric": metric, "refusals": refusals}
+ACTIONS = {"run": run, "poison": poison, "scarce": scarce, "metric": metric, "refusals": refusals}
 
 
 def main(path: str) -> None:
