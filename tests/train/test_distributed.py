@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,7 +18,12 @@ import pytest
 import torch
 
 from niels_gpt.checkpoint import load_checkpoint
+from niels_gpt.settings import default_settings
 from niels_gpt.tokenizer import SentencePieceTokenizer
+from niels_gpt.train import distributed
+from niels_gpt.train.budget import Budget
+from niels_gpt.train.distributed import World, joined
+from niels_gpt.train.microbatches import Microbatches
 from niels_gpt.train.pretrain import run_pretrain
 from tests.train import workshop
 
@@ -265,3 +271,73 @@ def test_one_ends_all(
             assert "another process of this run has ended or does not answer" in job.ends(ranks)
     alone(folder, settings)
     same(tmp_path / "straight", folder)
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "world", "expected"),
+    [
+        (4, 2, 2, (4, 2)),  # as it is cut
+        (4, 6, 3, (4, 6)),
+        (16, 1, 2, (8, 2)),  # too few microbatches
+        (16, 3, 2, (12, 4)),
+        (9, 1, 3, (3, 3)),
+        (1, 6, 6, (1, 6)),
+    ],
+)
+def test_a_step_is_shared_out(size: int, count: int, world: int, expected: tuple[int, int]) -> None:
+    """Every row of every step is computed once, under the number it has in one process."""
+    shared = [Microbatches(size, count).shared_out(rank, world) for rank in range(world)]
+    assert {(cut.size, cut.count) for cut in shared} == {expected}
+    numbered = [piece for cut in shared for piece in cut.of_step(3)]
+    assert [number for number, _ in numbered] == list(range(expected[1]))
+    rows = [row for cut in shared for _, first in cut.of_step(3) for row in range(first, first + cut.size)]
+    assert rows == list(range(3 * size * count, 4 * size * count))
+
+
+def test_a_step_that_cannot_be_shared_lists_what_fits() -> None:
+    with pytest.raises(ValueError, match=r"a step of 8 rows .* 3 processes; start 1, 2, 4, 8 of them"):
+        Microbatches(4, 2).shared_out(0, 3)
+
+
+def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where PyTorch is built without torch.distributed."""
+    monkeypatch.setattr(distributed, "dist", None)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined("mps") as world:
+        assert world == World() and world.is_main
+        assert world.sum(2, math.inf) == [2, math.inf] and world.largest(7) == 7 and world.gather("a") == ["a"]
+        assert world.from_main(lambda: {"a": 1}) == {"a": 1}
+        world.check_same(data="a")
+
+
+@pytest.mark.parametrize(
+    ("device", "available", "message"),
+    [
+        ("cpu", False, "built without torch.distributed"),
+        ("mps", True, "cannot share a Metal GPU"),
+        ("cuda", True, "this machine has 1 CUDA GPU.* give --nproc-per-node 1"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(
+    monkeypatch: pytest.MonkeyPatch, device: str, available: bool, message: str
+) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=message), joined(device):
+        raise AssertionError("joined")
+
+
+def test_all_go_by_the_main_clock() -> None:
+    """Under a time budget a process takes progress and learning rate from process 0, until they agree again."""
+
+    class Other(World):
+        def from_main(self, make: Any) -> Any:
+            return (30.0, 10.0, 5.0)  # seconds left, reserve, seconds of an evaluation
+
+    budget = Budget(default_settings().training.pretrain.model_copy(update={"minutes": 1.0}))
+    assert budget.progress(0) < 0.1
+    budget.agree(Other(rank=1, size=2))
+    assert budget.progress(0) == pytest.approx(30 / 50) and budget.reserve == 10
+    assert budget.has_room_for_evaluation() and budget.remaining_seconds(0, 1.0) == 30
