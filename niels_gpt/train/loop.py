@@ -124,6 +124,10 @@ class Loop:
         self.budget.agree(self.world)
         return self.budget.done(self.state.step)
 
+    def _has_room_for_evaluation(self) -> bool:
+        self.budget.agree(self.world)
+        return self.budget.has_room_for_evaluation()
+
     def _one_step(self) -> None:
         state, options = self.state, self.options
         began = time.perf_counter()
@@ -174,8 +178,7 @@ class Loop:
     def _after_step(self) -> None:
         """Evaluate and save if it is time to."""
         state, options = self.state, self.options
-        self.budget.agree(self.world)
-        due = state.step % options.eval_every == 0 and self.budget.has_room_for_evaluation()
+        due = state.step % options.eval_every == 0 and self._has_room_for_evaluation()
         is_best = due and self.evaluate()
         if is_best or state.step % options.ckpt_every == 0:
             self._save(is_best, on_schedule=True)

@@ -74,6 +74,8 @@ class Stepper:
                 try:
                     nats = self._backward_all(step, batches, valid)
                 except Exception as error:
+                    if self.world.size > 1 and is_out_of_memory(error):
+                        raise ValueError(f"step {step + 1}: out of memory: {advice(self.job.phase)}") from None
                     if self.world.size > 1 or not self._can_be_helped(error):
                         raise
                     failure = _Failure.of(error)
