@@ -11,7 +11,7 @@ from itertools import islice, zip_longest
 
 from niels_gpt.batching import Batch
 from niels_gpt.device import Precision
-from niels_gpt.eval import EvalResult, evaluate
+from niels_gpt.eval import BitsPerByte, EvalResult, evaluate
 from niels_gpt.model.gpt import GPT
 from niels_gpt.model.loss import IGNORED
 from niels_gpt.train.job import Job
@@ -52,20 +52,26 @@ class Evaluation:
 
     def _tried(self, batches: Iterable[Batch], stop: StopRequest) -> EvalResult | str:
         """The result, or why memory did not suffice."""
-        mine: list[tuple[float, int]] = []
+        mine: list[EvalResult] = []
         counted = (batch for batch in self._cut(batches) if bool((batch.y != IGNORED).any()))
         while together := list(islice(counted, self.world.size)):
             # One that has no batch of its own in the last round takes part with the first: FSDP needs everybody.
             has_own = self.world.rank < len(together)
             batch, failure = together[self.world.rank if has_own else 0], ""
             try:
-                result = evaluate(self.model, [batch], device=self.device, precision=self.precision)
+                result = evaluate(
+                    self.model,
+                    [batch],
+                    device=self.device,
+                    precision=self.precision,
+                    byte_lengths=self.job.byte_lengths,
+                )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 failure = str(error)
             else:
-                mine += [(result.nats, result.tokens)] if has_own else []
+                mine += [result] if has_own else []
             said = self.world.largest(OUT_OF_MEMORY if failure else stop.signum)
             if said == OUT_OF_MEMORY:
                 return failure or "another process"
@@ -73,7 +79,8 @@ class Evaluation:
                 raise _Stopped
         settle(self.model)
         in_order = [one for row in zip_longest(*self.world.gather(mine)) for one in row if one is not None]
-        return EvalResult(sum(nats for nats, _ in in_order), sum(tokens for _, tokens in in_order))
+        text = BitsPerByte(sum(one.text.nats for one in in_order), sum(one.text.text_bytes for one in in_order))
+        return EvalResult(sum(one.nats for one in in_order), sum(one.tokens for one in in_order), text)
 
     def _cut(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same rows in batches of at most `most_rows`."""

@@ -22,9 +22,10 @@ from niels_gpt.rng import seed_for
 from niels_gpt.train.budget import Budget
 from niels_gpt.train.evaluation import Evaluation
 from niels_gpt.train.job import Job
-from niels_gpt.train.parallel import load_weights
+from niels_gpt.train.parallel import load_weights, whole_model
 from niels_gpt.train.pulse import watching
 from niels_gpt.train.report import Reporter, StepReport
+from niels_gpt.train.sample import Sample
 from niels_gpt.train.saving import Origin, Saver
 from niels_gpt.train.signals import StopRequest, catching_signals
 from niels_gpt.train.start import eval_shape
@@ -51,7 +52,9 @@ class Loop:
         self.model.to(device).train()
         self.model.activation_checkpointing = self.options.activation_checkpointing
         self.precision = choose_precision(device, self.options.amp, self.options.amp_dtype)
-        self.stepper = Stepper(job, self.model, device=device, precision=self.precision, warn=reporter.warn)
+        self.stepper = Stepper(
+            job, self.model, device=device, precision=self.precision, warn=reporter.warn, clock=reporter.clock
+        )
         self.evaluation = Evaluation(job, self.model, device=device, precision=self.precision, warn=reporter.warn)
         self.saver = Saver(job, self.stepper, reporter, resume)
         self.state, spent = RunState(), 0.0
@@ -133,8 +136,9 @@ class Loop:
         began = time.perf_counter()
         lr = self.budget.learning_rate(state.step) * state.lr_factor
         set_learning_rate(self.optimizer, lr, options)
-        result = self.train_step(state.step)
-        synchronize(self.device)
+        with self.reporter.clock("step"):
+            result = self.train_step(state.step)
+            synchronize(self.device)
         state.step += 1
         state.tokens_seen += result.tokens
         if result.applied:
@@ -211,12 +215,17 @@ class Loop:
 
     def evaluate(self) -> bool:
         """Measure every validation source; True if the metric improved (never on a non-finite one)."""
+        with self.reporter.clock("evaluation"):
+            return self._evaluate()
+
+    def _evaluate(self) -> bool:
         began = time.perf_counter()
         found = self.evaluation.measure(self._heard)
         if found is None:
             self._stopping()
             return False
         self.last_evals, self._evaluated_now = found, self.state.step
+        sample = self._sample()
         metric = self.job.metric(found) if found else math.nan
         best = self.state.best_val_loss
         improved = math.isfinite(metric) and (best is None or metric < best)
@@ -224,9 +233,16 @@ class Loop:
         if improved:
             self.state.best_val_loss, self.state.best_step = metric, self.state.step
         self.state.evaluated_step = self.state.step
-        self.reporter.evaluated(self.state.step, self.last_evals, metric, improved)
+        self.reporter.evaluated(self.state.step, self.last_evals, metric, improved, sample)
         self.budget.note_evaluation(time.perf_counter() - began)
         return improved and self.options.save_best
+
+    def _sample(self) -> Sample | None:
+        """What the model says; on the main process only."""
+        if self.job.sample is None:
+            return None
+        model = whole_model(self.model, self.world)
+        return None if model is None else self.job.sample(model)
 
     def _finish(self) -> None:
         """Last evaluation and save, unless the last step just did both; after a signal, only the save."""
@@ -250,9 +266,10 @@ class Loop:
 
     def _save(self, is_best: bool, *, on_schedule: bool = False, finished: bool = False) -> None:
         try:
-            saved = self.saver.save(
-                self.state, self.budget, is_best=is_best, on_schedule=on_schedule, finished=finished
-            )
+            with self.reporter.saving(self.state.step):
+                saved = self.saver.save(
+                    self.state, self.budget, is_best=is_best, on_schedule=on_schedule, finished=finished
+                )
             if is_best and not saved:  # a best without its file would keep every later one from being saved
                 self.state.best_val_loss, self.state.best_step = self._best_before
         except ckpt.NotFinite as error:

@@ -104,6 +104,18 @@ def whole_state(state: Any, world: World) -> Any:
     return state if world.size == 1 else mapped(state, gathered)
 
 
+def whole_model(model: GPT, world: World) -> GPT | None:
+    """On the main process the model, or a copy of it that is in one piece; None elsewhere. All must call it."""
+    if not is_sharded(model):
+        return model if world.is_main else None
+    state = whole_state(model.state_dict(keep_vars=True), world)
+    if not world.is_main:
+        return None
+    copy = GPT(model.cfg, model.arch)
+    copy.load_state_dict(state)
+    return copy.to(next(model.parameters()).device)
+
+
 def as_sharded(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """Whole optimizer state, ready to be loaded into the optimizer of a model that may be sharded."""
     if isinstance(optimizer, OptimizerGroup):

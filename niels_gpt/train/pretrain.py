@@ -8,12 +8,14 @@ from typing import Any
 
 from niels_gpt.batching import Batch, TokenStream, get_batch
 from niels_gpt.epochs import TextRows
+from niels_gpt.eval import token_byte_lengths
 from niels_gpt.mixes import open_mixes, text_hashes
 from niels_gpt.rng import generator_for
 from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
 from niels_gpt.train.report import reporter_for
+from niels_gpt.train.sample import sampler_for
 from niels_gpt.train.start import Overrides, Start, TimeLimit, eval_shape, fingerprint, start_phase, weighted_metric
 
 PHASE = "pretrain"
@@ -75,6 +77,8 @@ def pretrain_job(start: Start) -> Job:
         ),
         tokenizer_model=start.tokenizer_model,
         world=start.world,
+        byte_lengths=token_byte_lengths(start.tokenizer),
+        sample=sampler_for(PHASE, settings, start.tokenizer),
         data=fingerprint(settings.data.caches.pretrain_token_cache, streams)
         if on_caches
         else text_hashes(settings, streams),

@@ -14,6 +14,7 @@ from niels_gpt.cache.chat_rows import ChatRows, as_chat_row
 from niels_gpt.cache.format import SftExamples, open_pretrain
 from niels_gpt.cache.sft import open_mix
 from niels_gpt.epochs import TextRows
+from niels_gpt.eval import token_byte_lengths
 from niels_gpt.mixes import open_mixes
 from niels_gpt.settings import Settings
 from niels_gpt.train.distributed import ALONE, World
@@ -21,6 +22,7 @@ from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import stream_eval
 from niels_gpt.train.report import reporter_for
+from niels_gpt.train.sample import sampler_for
 from niels_gpt.train.start import Overrides, Start, TimeLimit, eval_shape, fingerprint, start_phase, weighted_metric
 
 PHASE = "sft"
@@ -95,6 +97,8 @@ def sft_job(start: Start) -> Job:
         ),
         tokenizer_model=start.tokenizer_model,
         world=start.world,
+        byte_lengths=token_byte_lengths(start.tokenizer),
+        sample=sampler_for(PHASE, settings, start.tokenizer),
         data=sft_fingerprint(settings, sources),
         began=start.began,
         deadline=start.deadline,

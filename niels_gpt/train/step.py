@@ -22,6 +22,7 @@ from niels_gpt.model.loss import IGNORED
 from niels_gpt.optim import build_optimizer, whole
 from niels_gpt.rng import seed_for
 from niels_gpt.train import parallel
+from niels_gpt.train.clock import PhaseClock
 from niels_gpt.train.job import Job
 from niels_gpt.train.memory import advice, free_memory, is_out_of_memory
 from niels_gpt.train.microbatches import Microbatches
@@ -35,10 +36,18 @@ class Stepper:
     """A model on its device with its optimizer, ready to take steps of a job."""
 
     def __init__(
-        self, job: Job, model: GPT, *, device: str, precision: Precision, warn: Callable[[str], None] = print
+        self,
+        job: Job,
+        model: GPT,
+        *,
+        device: str,
+        precision: Precision,
+        warn: Callable[[str], None] = print,
+        clock: PhaseClock | None = None,
     ) -> None:
+        """clock: told what time goes into getting batches."""
         self.job, self.model, self.device, self.precision, self.warn = job, model, device, precision, warn
-        self.options, self.world = job.options, job.world
+        self.options, self.world, self.clock = job.options, job.world, clock or PhaseClock()
         self.shards = self.world.size > 1 and self.options.parallel == "fsdp"
         if self.shards:
             parallel.shard(model, precision)
@@ -65,7 +74,8 @@ class Stepper:
     def step(self, step: int) -> StepResult:
         """Take step number `step`, counted from 0. A step that is not finite leaves no trace."""
         while True:
-            batches = self._batches(step)
+            with self.clock("data"):
+                batches = self._batches(step)
             valid = int(self.world.sum(sum(int((batch.y != IGNORED).sum()) for _, batch in batches))[0])
             if not valid:
                 raise ValueError(f"step {step}: no batch holds a token to learn from; check the data of this phase")
