@@ -7,7 +7,7 @@ text), sentinels left out of both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,19 +22,6 @@ from niels_gpt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class EvalResult:
-    """Summed nats over valid targets, and how many there were."""
-
-    nats: float
-    tokens: int
-
-    @property
-    def loss(self) -> float:
-        """Nats per token; NaN when nothing was counted."""
-        return self.nats / self.tokens if self.tokens else math.nan
-
-
-@dataclass(frozen=True)
 class BitsPerByte:
     """Summed nats over text tokens and the UTF-8 bytes they stand for."""
 
@@ -46,19 +33,50 @@ class BitsPerByte:
         return self.nats / (math.log(2) * self.text_bytes) if self.text_bytes else math.nan
 
 
-def evaluate(model: GPT, batches: Iterable[Batch], *, device: str, precision: Precision | None = None) -> EvalResult:
-    """Loss over batches; rows without a valid target simply do not count."""
-    nats, tokens = 0.0, 0
+@dataclass(frozen=True)
+class EvalResult:
+    """Summed nats over valid targets, and how many there were; `text`: those of them that stand for text."""
+
+    nats: float
+    tokens: int
+    text: BitsPerByte = BitsPerByte(0.0, 0)  # empty when nobody said how long tokens are
+
+    @property
+    def loss(self) -> float:
+        """Nats per token; NaN when nothing was counted."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+
+def evaluate(
+    model: GPT,
+    batches: Iterable[Batch],
+    *,
+    device: str,
+    precision: Precision | None = None,
+    byte_lengths: np.ndarray | None = None,
+) -> EvalResult:
+    """Loss over batches; rows without a valid target simply do not count.
+
+    byte_lengths: bytes of each id, 0 for sentinels (`token_byte_lengths`); with it the result has bits per byte,
+    from the same forward passes: only the head runs again, on the few sentinels, whose nats are not the text's.
+    """
+    nats, text_nats, tokens, text_bytes = 0.0, 0.0, 0, 0
     with eval_mode(model), torch.no_grad():
         for batch in batches:
-            batch = batch.to(device)
             valid = int((batch.y != IGNORED).sum())
             if not valid:
                 continue
+            apart = None
+            if byte_lengths is not None:
+                lengths = torch.from_numpy(byte_lengths)[batch.y.clamp_min(0)].masked_fill(batch.y == IGNORED, 0)
+                apart = batch.y.masked_fill(lengths > 0, IGNORED).to(device)
+                text_bytes += int(lengths.sum())
+            batch = batch.to(device)
             with (precision or _full(device)).autocast():
-                nats += float(model(batch.x, batch.y, segment=batch.segment))
-            tokens += valid
-    return EvalResult(nats, tokens)
+                found = model(batch.x, batch.y, segment=batch.segment, apart=apart).tolist()
+            total, of_sentinels = (found, 0.0) if apart is None else found
+            nats, text_nats, tokens = nats + total, text_nats + total - of_sentinels, tokens + valid
+    return EvalResult(nats, tokens, BitsPerByte(text_nats if text_bytes else 0.0, text_bytes))
 
 
 def _full(device: str) -> Precision:
@@ -95,19 +113,17 @@ def bits_per_byte(
     max_windows: stop after that many, evenly spread over the stream.
     """
     T = model.cfg.T
-    lengths = token_byte_lengths(tokenizer)
     starts = [(a, i) for a, array in enumerate(stream.arrays) for i in range(0, len(array) - T, T)]
     if max_windows is not None and len(starts) > max_windows:
         starts = [starts[int(i)] for i in np.linspace(0, len(starts) - 1, max_windows)]
-    nats, text_bytes = 0.0, 0
-    for first in range(0, len(starts), B):
-        rows = np.stack([stream.window(i, T, array=a) for a, i in starts[first : first + B]])
-        target_bytes = lengths[rows[:, 1:]]
-        x, y = torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
-        y[torch.from_numpy(target_bytes == 0)] = IGNORED
-        nats += evaluate(model, [Batch(x, y)], device=device, precision=precision).nats
-        text_bytes += int(target_bytes.sum())
-    return BitsPerByte(nats, text_bytes)
+
+    def batches() -> Iterator[Batch]:
+        for first in range(0, len(starts), B):
+            rows = torch.from_numpy(np.stack([stream.window(i, T, array=a) for a, i in starts[first : first + B]]))
+            yield Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+    lengths = token_byte_lengths(tokenizer)
+    return evaluate(model, batches(), device=device, precision=precision, byte_lengths=lengths).text
 
 
 def byte_unigram_bits(train: Iterable[bytes], held_out: Iterable[bytes]) -> float:

@@ -43,6 +43,7 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
 }
 PROGRAMS = {
     "train.run",
+    "train.runs_cli",
     "chat_cli",
     "cache.cli",
     "notes_cli",

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from niels_gpt.config import NEW, Architecture, ModelConfig
 from niels_gpt.model.blocks import Block, build_norm
-from niels_gpt.model.loss import cross_entropy_sum
+from niels_gpt.model.loss import IGNORED, cross_entropy_sum
 
 INIT_STD = 0.02
 
@@ -88,19 +88,26 @@ class GPT(nn.Module):
         x: Tensor,
         y: Tensor | None = None,
         *,
+        apart: Tensor | None = None,
         segment: Tensor | None = None,
         cache: ModelCache | None = None,
         trace: Trace | None = None,
     ) -> Tensor:
         """Ids (B, T) -> float32 logits (B, T, V); with targets y -> summed cross-entropy in nats (0-d).
 
-        y: (B, T), -100 ignored. segment: (B, T), positions of different segments do not see each other (packed rows).
+        y: (B, T), -100 ignored. apart: (B, T), those targets whose nats are wanted by themselves too: the result is
+        then (2,). segment: (B, T), positions of different segments do not see each other (packed rows).
         cache: read and extended by T positions. trace: which layer's attention to record.
         """
         h = self.hidden(x, segment=segment, cache=cache, trace=trace)
         if y is None:
             return self.lm_head(h).float()
-        return cross_entropy_sum(h.flatten(0, 1), self.lm_head.weight, y.flatten())
+        rows, weight = h.flatten(0, 1), self.lm_head.weight
+        total = cross_entropy_sum(rows, weight, y.flatten())
+        if apart is None:
+            return total
+        chosen = apart.flatten() != IGNORED
+        return torch.stack((total, cross_entropy_sum(rows[chosen], weight, apart.flatten()[chosen])))
 
     def hidden(
         self, x: Tensor, *, segment: Tensor | None = None, cache: ModelCache | None = None, trace: Trace | None = None

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, Strict, field_validator, model_vali
 
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.settings.data import BYTE_VOCABULARY, DataSettings, TokenizerSettings
-from niels_gpt.settings.fields import MANY, MAX_INT64, Beta, Section, Sizes, TokenIds, knob, section
+from niels_gpt.settings.fields import MANY, MAX_INT64, Beta, Section, Sizes, Text, TokenIds, knob, section
 
 MatmulPrecision = Literal["highest", "high", "medium"]
 Metric = Literal["pretrain_val_loss", "sft_val_loss", "weighted"]
@@ -61,6 +61,9 @@ class PhaseSettings(Section):
     eval_batches: int | None = knob(None, "overrides eval_steps when set", ge=1, le=MANY)
     micro_B_eval: int | None = knob(None, "rows of an evaluation batch; null = micro_B", ge=1, le=2**20)
     log_every: int = knob(50, "steps between log lines", ge=1, le=MANY)
+    sample_prompt: Text | None = knob("Once upon a time", "continued at every evaluation; null = no sample text")
+    sample_tokens: int = knob(40, "longest sample text, tokens", ge=1, le=MANY)
+    tensorboard: bool = knob(True, "write TensorBoard files, if the extra `board` is installed")
     ckpt_every: int = knob(1000, "steps between checkpoints", ge=1, le=MANY)
     keep_last: int = knob(3, "step checkpoints to keep", ge=2, le=MANY)
     keep_every: int | None = knob(None, "keep the checkpoints of every such step for good as well", ge=1, le=MANY)
@@ -85,6 +88,8 @@ class PhaseSettings(Section):
     amp_dtype: Literal["fp16", "bf16", "fp32"] = knob("fp16", "16-bit type when amp is true")
     activation_checkpointing: bool = knob(False, "recompute activations in the backward pass to save memory")
     compile: bool = knob(False, "compile the model with torch.compile")
+    parallel: Literal["ddp", "fsdp"] = knob("ddp", "under torchrun: ddp copies the model, fsdp shards it")
+    silence_s: float = knob(10.0, "under torchrun: seconds without a sign of life that end the job", ge=3, le=86400)
     save_best: bool = knob(True, "keep best.pt")
     best_metric: Metric = knob("pretrain_val_loss", "what best.pt minimises")
     best_metric_weights: MetricWeights | None = knob(None, "weight of each loss when best_metric is weighted")
@@ -108,6 +113,7 @@ class SftPhaseSettings(PhaseSettings):
     warmup_steps: int = knob(189, "steps of linear warm-up", ge=0, le=MANY)
     min_lr: float = knob(1e-5, "learning rate at the end", ge=0, le=10)
     weight_decay: float = knob(0.05, "weight decay of AdamW", ge=0, le=10)
+    sample_prompt: Text | None = knob("what is your name?", "answered at every evaluation; null = no sample text")
     best_metric: Metric = knob("sft_val_loss", "what best.pt minimises")
 
 

@@ -1,24 +1,36 @@
-"""What a run says while it goes on: log lines, a progress bar on a terminal, and `runs/<id>/metrics.jsonl`."""
+"""What a run says while it goes on: log lines or a progress bar, `runs/<id>/metrics.jsonl`, TensorBoard, a chart."""
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from niels_gpt import paths
 from niels_gpt.eval import EvalResult
-from niels_gpt.files import write_text
+from niels_gpt.train.bar import Bar
+from niels_gpt.train.board import Board, open_board
+from niels_gpt.train.chart import Chart
+from niels_gpt.train.clock import PhaseClock, time_table
+from niels_gpt.train.distributed import World
+from niels_gpt.train.metrics import MetricsFile
+from niels_gpt.train.mfu import matmul_peak, training_flops
+from niels_gpt.train.sample import Sample
 
 if TYPE_CHECKING:
     from niels_gpt.train.loop import Loop
+
+RATE_WINDOW = 50  # steps that the shown rate is a mean of
+BOARD_POINTS = 10  # of a curve in TensorBoard between two log lines: each costs 0.1 ms of its thread
+SFT_EVALS = ("pretrain", "sft")
 
 
 @dataclass(frozen=True)
@@ -48,19 +60,46 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+class Rate:
+    """Tokens per second over the last steps."""
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[int, float]] = deque(maxlen=RATE_WINDOW)
+        self._tokens, self._seconds = 0, 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        if len(self._steps) == RATE_WINDOW:
+            old_tokens, old_seconds = self._steps[0]
+            self._tokens, self._seconds = self._tokens - old_tokens, self._seconds - old_seconds
+        self._steps.append((tokens, seconds))
+        self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
+
+    @property
+    def value(self) -> float:
+        return self._tokens / max(self._seconds, 1e-9)
+
+
 class Reporter:
     """Prints and records one phase. `quiet` leaves only warnings and the bar."""
 
     def __init__(self, phase: str, run_id: str, *, quiet: bool = False, console: Console | None = None) -> None:
         self.phase, self.quiet = phase, quiet
         self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self.metrics_path: Path = paths.RUNS_DIR / run_id / "metrics.jsonl"
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self.folder: Path = paths.RUNS_DIR / run_id
+        self.clock = PhaseClock()
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.warn)
+        self.chart = Chart(self.folder / "report.html", f"{run_id}: {phase}")
+        self._board: Board | None = None
+        self._bar: Bar | None = None
+        self._rate = Rate()
+        self._mfu_of_rate = 0.0  # FLOPs per token over the peak: times tokens/s it is the MFU
+        self._memory = 0
         self._last_metric = "n/a"
-        self._log_every = 1
-        self._sft = phase == "sft"
         self._last_evals: dict[str, float] = {}
+        self._last_bits = math.nan
+        self._main_source = ""  # whose bits per byte are shown
+        self._log_every = self._board_every = 1
+        self._sft = phase == "sft"
 
     def say(self, line: str) -> None:
         if not self.quiet:
@@ -70,46 +109,89 @@ class Reporter:
         Console(file=sys.stderr, highlight=False, soft_wrap=True).print(f"warning: {line}", markup=False)
 
     def start(self, loop: Loop) -> None:
-        """The line that says what runs, and the bar when this is a terminal."""
+        """The line that says what runs, the peak that MFU refers to, and the bar when this is a terminal."""
         options, precision = loop.options, loop.precision
-        self._log_every = options.log_every
+        self._log_every, self._board_every = options.log_every, max(1, options.log_every // BOARD_POINTS)
+        self._main_source = "sft" if self._sft else loop.job.resolved.settings.data.val_pretrain_source
         effective = options.micro_B * options.accum_steps
         self.say(
             f"{self.phase}: device={loop.device}, {precision.describe()}, "
             f"activation_checkpointing={options.activation_checkpointing}, micro_B={options.micro_B}, "
             f"accum_steps={options.accum_steps}, effective_batch={effective}, params={loop.model.num_parameters:,}"
         )
-        self.forget_after(loop.state.step)
-        if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"))
-            self._bar = Progress(*columns, TextColumn("{task.fields[info]}"), console=self.console, transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task(self.phase, total=1.0, info="")
+        peak, per_token = matmul_peak(precision), training_flops(loop.model)
+        self._mfu_of_rate = per_token / (peak * loop.world.size)
+        where = f"{precision.name}, {torch.get_num_threads()} threads" if loop.device == "cpu" else precision.name
+        self.say(
+            f"{self.phase}: {per_token / 1e6:,.1f} MFLOP per token; matrix products reach {peak / 1e9:,.0f} GFLOP/s "
+            f"here ({where}), so MFU 100% = {peak / per_token:,.0f} tokens/s"
+        )
+        with self.clock("logging"):
+            self._open(loop)
 
-    def forget_after(self, step: int) -> None:
-        """Drop metrics of steps that a resumed run takes again."""
-        if not self.metrics_path.is_file():
-            self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
-            return
-        kept = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # the line a killed process was writing
-                continue
-            if entry.get("phase") != self.phase or entry.get("step", 0) <= step:
-                kept.append(line)
-        write_text(self.metrics_path, "".join(line + "\n" for line in kept))
+    def _open(self, loop: Loop) -> None:
+        step = loop.state.step
+        times = [entry["seconds"] for entry in self.forget_after(step) if entry["kind"] == "time"]
+        self.clock.carry(times[-1] if times else {})
+        if loop.options.tensorboard:
+            self._board = open_board(self.folder / "tensorboard", step, say=self.say, warn=self.warn)
+        if self.console.is_terminal:
+            self._bar = Bar(self.phase, self.console)
+
+    def forget_after(self, step: int) -> list[dict[str, Any]]:
+        """Drop what is on record of steps that will be taken again; returns what stays of this phase."""
+        earlier = self.metrics.reopen(self.phase, step)
+        self.chart.replace(earlier)
+        if self._board is not None:
+            self._board.forget_after(step)
+        return earlier
 
     def step(self, report: StepReport) -> None:
-        entry = {"phase": self.phase, "kind": "step", "loss_hex": float(report.loss).hex(), **asdict(report)}
-        self._record(entry)
-        if self._bar is not None and self._task is not None:
-            rate = report.tokens / report.seconds
-            info = f"{rate:,.0f} tok/s  loss {report.mean_loss:.3f}  {duration(report.remaining)} left"
-            self._bar.update(self._task, completed=report.progress, info=info)
-        if report.step % self._log_every == 0:
+        with self.clock("logging"):
+            self._step(report)
+
+    def _step(self, report: StepReport) -> None:
+        mfu = report.tokens / report.seconds * self._mfu_of_rate
+        entry = {"phase": self.phase, "kind": "step", "loss_hex": float(report.loss).hex(), **vars(report), "mfu": mfu}
+        self.metrics.record(entry)
+        self.chart.add(entry)
+        self._rate.add(report.tokens, report.seconds)
+        self._memory = report.memory or self._memory
+        logs = report.step % self._log_every == 0
+        if self._board is not None and report.step % self._board_every == 0:
+            self._board.scalars(report.step, self._scalars(report, mfu))
+        if self._bar is not None and (logs or self._bar.is_due()):
+            self._bar.show(report.progress, self._pace(report))
+        if logs:
             self.say(self._line(report))
+            if self._bar is None:
+                self.say(f"[{self.phase}] " + " | ".join(self._pace(report)))
+
+    def _scalars(self, report: StepReport, mfu: float) -> dict[str, float]:
+        values = {
+            "train/loss": report.loss,
+            "train/lr": report.lr,
+            "train/grad_norm": report.grad_norm,
+            "speed/tokens_per_s": report.tokens / report.seconds,
+            "speed/mfu": mfu,
+        }
+        return {**values, "memory/bytes": report.memory} if report.memory else values
+
+    def _pace(self, report: StepReport) -> list[str]:
+        """What the bar shows, the most wanted first: a narrow terminal has room for the first few."""
+        rate = self._rate.value
+        parts = [
+            f"{duration(report.remaining)} left",
+            f"{rate:,.0f} tok/s",
+            f"loss {report.mean_loss:.3f}",
+            f"MFU {rate * self._mfu_of_rate:.0%}",
+        ]
+        if math.isfinite(self._last_bits):
+            parts.append(f"val {self._last_bits:.3f} bpb")
+        parts.append(f"lr {report.lr:.2g}")
+        if self._memory:
+            parts.append(f"{self._memory / 2**30:.2f} GiB")
+        return parts
 
     def _line(self, r: StepReport) -> str:
         where = f"step {r.step} ({r.progress:.0%})" if r.total_steps is None else f"step {r.step}/{r.total_steps}"
@@ -119,30 +201,107 @@ class Reporter:
         shown = {name: f"{self._last_evals[name]:.4f}" if name in self._last_evals else "n/a" for name in SFT_EVALS}
         return f"{head} | val_pretrain {shown['pretrain']} | val_sft {shown['sft']}"
 
-    def evaluated(self, step: int, evals: Mapping[str, EvalResult], metric: float, improved: bool) -> None:
+    def evaluated(
+        self,
+        step: int,
+        evals: Mapping[str, EvalResult],
+        metric: float,
+        improved: bool,
+        sample: Sample | None = None,
+    ) -> None:
+        with self.clock("logging"):
+            self._evaluated(step, evals, metric, improved, sample)
+
+    def _evaluated(
+        self, step: int, evals: Mapping[str, EvalResult], metric: float, improved: bool, sample: Sample | None
+    ) -> None:
         losses = {name: result.loss for name, result in evals.items()}
+        bits = {name: result.text.value for name, result in evals.items() if result.text.text_bytes}
         self._last_evals = losses
+        self._last_bits = bits.get(self._main_source, math.nan)
         if losses:
-            label = " | ".join(f"val_{name}_loss {loss:.4f}" for name, loss in losses.items())
-            self.say(f"[{self.phase}] {label}")
+            self.say(f"[{self.phase}] " + " | ".join(f"val_{name}_loss {loss:.4f}" for name, loss in losses.items()))
             self._last_metric = f"{metric:.4f}"
+        if bits:
+            self.say(f"[{self.phase}] " + " | ".join(f"val_{name}_bpb {value:.4f}" for name, value in bits.items()))
+        if sample is not None:
+            self.say(f"[{self.phase}] sample: {one_line(sample.prompt)} -> {one_line(sample.text)}")
         if improved:
             self.say(f"[{self.phase}] new best checkpoint at step {step} (val_loss={metric:.4f})")
-        self._record({"phase": self.phase, "kind": "eval", "step": step, "losses": losses, "metric": metric})
+        entry = {
+            "phase": self.phase,
+            "kind": "eval",
+            "step": step,
+            "losses": losses,
+            "bits_per_byte": bits,
+            "metric": metric,
+            "sample": None if sample is None else vars(sample),
+        }
+        self.metrics.record(entry)
+        self.chart.add(entry)
+        self.chart.write(self.warn)
+        if self._board is not None:
+            values = {f"val_loss/{name}": loss for name, loss in losses.items()}
+            self._board.scalars(step, values | {f"val_bits_per_byte/{name}": value for name, value in bits.items()})
+            if sample is not None:
+                self._board.text(step, "sample", f"**{sample.prompt}** {sample.text}")
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Around a save; afterwards the time spent so far is on record, for a resumed run to go on from."""
+        with self.clock("saving"):
+            yield
+        with self.clock("logging"):
+            self._record_time(step)
+
+    def _record_time(self, step: int) -> dict[str, float]:
+        seconds = self.clock.seconds()
+        self.metrics.record({"phase": self.phase, "kind": "time", "step": step, "seconds": seconds})
+        return seconds
 
     def finish(self, step: int, elapsed: float) -> None:
+        """The last words: how long it took, and where that time went."""
+        with self.clock("logging"):
+            self.chart.write(self.warn, final=True)
+            self._close_files()
+        seconds = self._record_time(step)
         self.close()
         self.say(f"[{self.phase}] finished {step} steps in {duration(elapsed)}")
+        if not self.quiet:
+            self.console.print(time_table(seconds))
+
+    def _close_files(self) -> None:
+        """TensorBoard's files; the metrics stay open for the last entry."""
+        board, self._board = self._board, None
+        if board is not None:
+            board.close()
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-    def _record(self, entry: Mapping[str, Any]) -> None:
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        self._close_files()
+        self.metrics.close()
 
 
-SFT_EVALS = ("pretrain", "sft")
+class NoReporter:
+    """The reporter of a run's other processes: it takes whatever it is told and keeps it to itself."""
+
+    def __init__(self) -> None:
+        self.clock = PhaseClock()
+
+    def saving(self, step: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def reporter_for(world: World, phase: str, run_id: str, *, quiet: bool = False) -> Reporter:
+    """A reporter for the main process of a run; the others get a mute one."""
+    return Reporter(phase, run_id, quiet=quiet) if world.is_main else cast(Reporter, NoReporter())
+
+
+def one_line(text: str) -> str:
+    """A text of a model as one line that a terminal can show."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text).strip()

@@ -67,6 +67,7 @@ def test_the_phases_differ_where_documented_and_nowhere_else() -> None:
         "min_lr": (3e-5, 1e-5),
         "weight_decay": (0.1, 0.05),
         "best_metric": ("pretrain_val_loss", "sft_val_loss"),
+        "sample_prompt": ("Once upon a time", "what is your name?"),
     }
 
 
