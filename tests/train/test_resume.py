@@ -20,7 +20,7 @@ linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fo
 def pipeline(folder: Path, tokenizer: SentencePieceTokenizer, steps: int) -> Path:
     """Caches, config.json for both phases and pipeline.json, with dropout, accumulation and Muon."""
     workshop.build_caches(folder, tokenizer)
-    config = workshop.overrides(folder, tokenizer, steps=steps, eval_every=13, ckpt_every=7)
+    config = workshop.overrides(folder, tokenizer, steps=steps, eval_every=13, ckpt_every=7, tensorboard=False)
     (folder / "config.json").write_text(json.dumps(config))
     names = dict.fromkeys(("pretrain_config_path", "sft_config_path"), str(folder / "config.json"))
     (folder / "pipeline.json").write_text(json.dumps(names))
@@ -63,13 +63,13 @@ def test_hundreds_of_kills(tmp_path: Path, tiny_tokenizer: SentencePieceTokenize
 
 
 def test_a_process_that_is_killed_from_outside(tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
-    """The command itself, killed three times, beside the command left alone."""
+    """The command itself, killed twice, beside the command left alone."""
     rng = random.Random(7)
     pretrain = ("--phase", "pretrain", "--config", "config.json", "--device", "cpu")
-    straight = pipeline(tmp_path / "straight", tiny_tokenizer, 60)
+    straight = pipeline(tmp_path / "straight", tiny_tokenizer, 30)
     workshop.run(straight, *pretrain)
-    folder = pipeline(tmp_path / "killed", tiny_tokenizer, 60)
-    for low, high in ((8, 20), (24, 36), (40, 55)):
+    folder = pipeline(tmp_path / "killed", tiny_tokenizer, 30)
+    for low, high in ((8, 13), (16, 24)):
         workshop.kill_at(folder, "pretrain", rng.randint(low, high), rng, *pretrain)
     assert "resumed from" in workshop.run(folder, *pretrain).stdout
     assert workshop.steps_logged(folder, "pretrain") == workshop.steps_logged(straight, "pretrain")
