@@ -184,8 +184,8 @@ def run_out(loop: Loop, at: int, most_rows: int, error: BaseException) -> None:
     """From step `at` on, more rows than `most_rows` at once do not fit: halfway through a microbatch's work."""
     backward = loop.stepper._backward
 
-    def limited(step: int, m: int, batch: Any, valid: int) -> float:
-        nats = backward(step, m, batch, valid)  # its gradients are there, and must go
+    def limited(step: int, m: int, batch: Any, *rest: Any) -> float:
+        nats = backward(step, m, batch, *rest)  # its gradients are there, and must go
         if step >= at and len(batch.x) > most_rows:
             raise error
         return nats
