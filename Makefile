@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART_ARGS ?=
 
-.PHONY: help install quickstart test check format soak bench docs clean
+.PHONY: help install quickstart test check format soak bench quality docs clean
 
 help:
 	@echo "make quickstart   train a small model offline (5 minutes) and chat with it"
@@ -12,6 +12,7 @@ help:
 	@echo "make check        lint, format and types"
 	@echo "make soak         the long fault tests"
 	@echo "make bench        training and decoding speed beside transformers"
+	@echo "make quality      bits per byte against training time beside transformers (half an hour)"
 	@echo "make docs         regenerate docs/settings.md"
 
 install: $(VENV)/.installed
@@ -45,6 +46,10 @@ soak: install
 bench: install
 	$(BIN)/python tools/bench_train.py
 	$(BIN)/python tools/bench_decode.py
+
+quality: install
+	$(BIN)/python tools/bench_quality.py --minutes 5
+	$(BIN)/python tools/bench_quality.py --minutes 15 --peer-lr best
 
 docs: install
 	$(BIN)/python -m niels_gpt.settings.doc

@@ -14,13 +14,14 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 from niels_gpt import files
 from niels_gpt.chat import DEFAULT_SEED, answer_once, build_options, note, run_chat, system_prompt
 from niels_gpt.checkpoint import load_model
 from niels_gpt.device import resolve_device
 from niels_gpt.generate import Sampling
+from niels_gpt.settings import Weights
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,9 +35,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, metavar="X", help="0 = always the likeliest token (default: from the settings)")
     add("--top-k", type=int, metavar="K", help="sample among the K likeliest; 0 = off (default: from the settings)")
     add("--top-p", type=float, metavar="P", help="sample within this total probability; 0 = off (default: same)")
+    add("--min-p", type=float, metavar="P", help="drop tokens below this share of the likeliest one's probability")
+    add("--weights", choices=get_args(Weights), help="of matrices on a CPU; fp16 and int8 are faster (default: same)")
+    add("--repetition-penalty", type=float, metavar="X", help="above 1: avoid repeated tokens; 1 = off (default: same)")
     add("--seed", type=int, default=DEFAULT_SEED, help="of the replies (default: %(default)s)")
     add("--system", metavar="TEXT", help="system prompt (default: configs/system_surly.txt)")
     add("--system-file", metavar="PATH", help="file with the system prompt; wins over --system")
+    add("--inspect", action="store_true", help="show how surprising each token was, and what else was likely")
+    add("--load", metavar="FILE", help="go on with a conversation that /save wrote")
+    add("--no-history", dest="history", action="store_false", help="do not keep what you type for the next time")
     add("--no-kv-cache", dest="use_cache", action="store_const", const=False, help="full forward passes, for debugging")
     add("--device", metavar="NAME", help="cpu, mps or cuda (default: the best there is)")
     add("--tokenizer", metavar="PATH", help="tokenizer model, where the checkpoint does not carry its own")
@@ -46,13 +53,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_flags(args: argparse.Namespace) -> None:
     """ValueError for values that make no sense, before anything is loaded."""
-    Sampling(temperature=args.temperature or 0, top_k=args.top_k, top_p=args.top_p)
+    Sampling(args.temperature or 0, args.top_k, args.top_p, args.repetition_penalty, args.min_p)
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {args.max_new_tokens}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"seed must be between 0 and 2^63 - 1, not {args.seed}")
     if any(not text.strip() for text in args.prompt or ()):
         raise ValueError("--prompt is empty; give it a question")
+    if args.prompt and args.load:
+        raise ValueError("--load goes on with a conversation, --prompt answers one question alone; choose one of them")
     args.device = resolve_device(args.device)
 
 
@@ -70,6 +79,9 @@ def _run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
+        weights=args.weights,
+        repetition_penalty=args.repetition_penalty,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         use_cache=args.use_cache,
@@ -77,7 +89,9 @@ def _run(args: argparse.Namespace) -> int:
     shown = asdict(options)
     shown = {"ckpt": args.ckpt, "step": loaded.step, "device": args.device, **shown.pop("sampling"), **shown}
     _print_settings(shown, sys.stderr if args.prompt else sys.stdout)
-    return answer_once(loaded, options, args.prompt) if args.prompt else run_chat(loaded, options)
+    if args.prompt:
+        return answer_once(loaded, options, args.prompt, inspect=args.inspect)
+    return run_chat(loaded, options, inspect=args.inspect, load=args.load, history=args.history)
 
 
 def _print_settings(shown: dict[str, Any], out: TextIO) -> None:
@@ -103,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         files.discard_output()
         return 0
     except (ValueError, OSError) as error:
-        note(f"error: {error}")
+        note(f"error: {files.explained(error)}")
         return 1
     except KeyboardInterrupt:
         return 130

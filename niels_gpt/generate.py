@@ -1,6 +1,7 @@
 """Generation for callers: ids or text in, ids or text out; thin wrappers over `infer.steps.stream_steps`.
 
-Sampling itself lives in `infer.sampling`, the cached generators of the specification in `infer.kv_cache`.
+Sampling itself lives in `infer.sampling`, the cached generators of the specification in `infer.kv_cache`, many texts at
+once in `infer.batch`.
 """
 
 from __future__ import annotations
@@ -11,19 +12,24 @@ import torch
 from torch import Tensor
 
 from niels_gpt.config import ModelConfig
-from niels_gpt.infer.sampling import Sampling, sample_next_token, top_k_filter, top_p_filter
-from niels_gpt.infer.steps import Step, stream_steps
+from niels_gpt.infer.batch import stream_batch
+from niels_gpt.infer.sampling import Sampling, min_p_filter, sample_next_token, top_k_filter, top_p_filter
+from niels_gpt.infer.steps import Memory, Request, Step, stream_steps
 from niels_gpt.model.gpt import GPT
 from niels_gpt.settings import GenerationSettings
 from niels_gpt.tokenizer import Tokenizer, get_default_tokenizer
 
 __all__ = [
+    "Memory",
+    "Request",
     "Sampling",
     "Step",
     "StopText",
     "generate_ids",
     "generate_text",
+    "min_p_filter",
     "sample_next_token",
+    "stream_batch",
     "stream_steps",
     "top_k_filter",
     "top_p_filter",
@@ -76,30 +82,29 @@ def generate_ids(
     top_k: int | None = None,
     top_p: float | None = None,
     repetition_penalty: float | None = None,
+    min_p: float | None = None,
     eot_id: int | None = None,
     banned_token_ids: Sequence[int] | None = None,
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Prompt and new ids as a 1-D int64 tensor on the CPU, by full forward passes over the last T ids.
+    """Prompt and new ids as a 1-D int64 tensor on the CPU; the model sees the last T ids at every token.
 
     Stops at eot_id, which is not in the result. device: where the model is (checked when given).
     generator: a CPU generator, so that a seed means the same on every device.
     """
-    here = model.tok_emb.weight.device
-    if device is not None and torch.device(device).type != here.type:
-        raise ValueError(f"the model is on {here.type}, not on {device}; move it first with model.to({str(device)!r})")
+    _check_device(model, device)
     ids = [int(i) for i in prompt_ids]
     for step in stream_steps(
         model,
         prompt_ids,
         max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_k, top_p, repetition_penalty),
+        sampling=Sampling(temperature, top_k, top_p, repetition_penalty, min_p),
         generator=generator,
         stop_ids=() if eot_id is None else (eot_id,),
         banned_ids=banned_token_ids or (),
-        use_cache=False,
         context=T,
+        rolling="slide",
     ):
         if step.token_id != eot_id:
             ids.append(step.token_id)
@@ -117,21 +122,39 @@ def generate_text(
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
     tokenizer: Tokenizer | None = None,
+    text_stops: Sequence[str] = (),
 ) -> str:
-    """The prompt and its continuation as text, with the resolved generation settings (default tokenizer if none)."""
+    """The prompt and its continuation as text, with the resolved generation settings (default tokenizer if none).
+
+    It ends before stop_token_id, or before the first of text_stops: the turns of byte models have no ids of their own.
+    """
+    _check_device(model, device)
     tokenizer = get_default_tokenizer() if tokenizer is None else tokenizer
-    ids = generate_ids(
+    ids, stop, said = tokenizer.encode(prompt_text), StopText(text_stops), ""
+    g = generation
+    for step in stream_steps(
         model,
-        tokenizer.encode(prompt_text),
-        max_new_tokens=generation.max_new_tokens,
-        T=cfg.T,
-        temperature=generation.temperature,
-        top_k=generation.top_k,
-        top_p=generation.top_p,
-        repetition_penalty=generation.repetition_penalty,
-        eot_id=stop_token_id,
-        banned_token_ids=banned_token_ids,
-        device=device,
+        list(ids),
+        max_new_tokens=g.max_new_tokens,
+        sampling=Sampling(g.temperature, g.top_k, g.top_p, g.repetition_penalty, g.min_p),
         generator=generator,
-    )
-    return tokenizer.decode(ids.tolist())
+        stop_ids=() if stop_token_id is None else (stop_token_id,),
+        banned_ids=banned_token_ids or (),
+        tokenizer=tokenizer if text_stops else None,
+        context=cfg.T,
+        rolling="slide",
+        weights=g.weights,
+        native=g.native_decoder,
+    ):
+        if step.token_id != stop_token_id:
+            ids.append(step.token_id)
+        said += stop.push(step.text)
+        if stop.found:
+            break
+    return prompt_text + said + stop.flush() if text_stops else tokenizer.decode(ids)
+
+
+def _check_device(model: GPT, device: torch.device | str | None) -> None:
+    here = model.tok_emb.weight.device
+    if device is not None and torch.device(device).type != here.type:
+        raise ValueError(f"the model is on {here.type}, not on {device}; move it first with model.to({str(device)!r})")

@@ -30,10 +30,36 @@ def orthogonalize(G: Tensor, *, dtype: torch.dtype = torch.float32, steps: int =
     if tall:
         X = X.mT
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        A = X @ X.mT
-        X = a * X + torch.baddbmm(A, A, A, beta=b, alpha=c) @ X
+    if _gram_is_cheaper(X):
+        X = _newton_schulz_of_gram(X, steps)
+    else:
+        for _ in range(steps):
+            A = X @ X.mT
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if tall else X
+
+
+def _gram_is_cheaper(X: Tensor) -> bool:
+    """Twice as wide as high, in full float32: with less, what rounding adds to the products grows twelvefold a step."""
+    exact = X.dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return exact and X.shape[-1] >= 2 * X.shape[-2]
+
+
+def _newton_schulz_of_gram(X: Tensor, steps: int) -> Tensor:
+    """The same polynomial of wide X, from square products alone: 2/3 of the arithmetic at 1:3.
+
+    Each step multiplies X by P = a I + b A + c A^2 with A = X X^T, which becomes P A P; so the P are gathered in Q.
+    """
+    a, b, c = NEWTON_SCHULZ
+    A = X @ X.mT
+    Q: Tensor | None = None
+    for step in range(steps):
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        Q = P if Q is None else P @ Q
+        if step < steps - 1:
+            A = P @ A @ P
+    return X if Q is None else Q @ X
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ Constants are read at call time everywhere, so a test or a program may point the
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 CHECKPOINT_DIR = Path("checkpoints")
@@ -26,3 +28,15 @@ def shipped(relative: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{relative} is missing from this installation ({path}); run from a full checkout")
     return path
+
+
+def state_dir() -> Path:
+    """Where this system keeps what a program remembers for its user, such as the chat's history (not made here)."""
+    if os.name == "nt":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_STATE_HOME") or "")
+        base = base if base.is_absolute() else Path.home() / ".local" / "state"
+    return base / "niels-gpt"

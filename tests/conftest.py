@@ -14,6 +14,7 @@ import torch
 from hypothesis import settings
 
 from niels_gpt.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
+from tests.chat.models import byte_chat_checkpoint, chat_checkpoint  # noqa: F401  (fixtures)
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)

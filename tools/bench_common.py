@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from niels_gpt.device import synchronize
+
 KEYS = ("V", "T", "C", "L", "H", "d_ff")
 
 
@@ -25,11 +27,14 @@ def quickstart_shape() -> dict[str, int]:
 SHAPES: dict[str, dict[str, int]] = {
     "quickstart": quickstart_shape(),
     "default": {"V": 16000, "T": 512, "C": 384, "L": 8, "H": 6, "d_ff": 1152, "B": 4},
+    "gpt2": {"V": 50257, "T": 1024, "C": 768, "L": 12, "H": 12, "d_ff": 2048, "B": 16},  # 124 M parameters
 }
 
 
-def machine() -> str:
+def machine(device: str = "cpu") -> str:
     """One line: processor, threads, torch."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -38,29 +43,35 @@ def machine() -> str:
     return f"{name}, {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def gemm_peak(dtype: torch.dtype, size: int = 2048, rounds: int = 5) -> float:
-    """Best FLOP/s of a square matrix product."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+def gemm_peak(dtype: torch.dtype, rounds: int = 5, device: str = "cpu") -> float:
+    """Best FLOP/s of a square matrix product, large enough to fill the device."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(rounds + 1):
+        synchronize(device)
         began = time.perf_counter()
         a @ b
+        synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
 
 
-def flops_per_token(shape: Mapping[str, int]) -> float:
-    """Training FLOPs: 6 per matmul parameter, 6 L T C for causal attention (half of the square)."""
+def flops_per_token(shape: Mapping[str, int], matmul_parameters: int | None = None) -> float:
+    """Training FLOPs: 6 per matmul parameter, 6 L T C for causal attention (half of the square).
+
+    matmul_parameters: of the model at hand; by default those of ours at this shape.
+    """
     C, L, T = shape["C"], shape["L"], shape["T"]
-    matmul = shape["V"] * C + L * (4 * C * C + 3 * C * shape["d_ff"])
-    return 6.0 * matmul + 6.0 * L * T * C
+    ours = shape["V"] * C + L * (4 * C * C + 3 * C * shape["d_ff"])
+    return 6.0 * (matmul_parameters or ours) + 6.0 * L * T * C
 
 
-def hugging_face_twin(shape: Mapping[str, int]) -> nn.Module:
-    """transformers' Qwen3 of the same shape: the same architecture as a new model of ours."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def hugging_face_twin(shape: Mapping[str, int], family: str = "Qwen3") -> nn.Module:
+    """transformers' model of the same shape: Qwen3, the architecture of new models of ours, or Llama."""
+    import transformers
 
-    config = Qwen3Config(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=shape["V"],
         hidden_size=shape["C"],
         intermediate_size=shape["d_ff"],
@@ -75,16 +86,23 @@ def hugging_face_twin(shape: Mapping[str, int]) -> nn.Module:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return Qwen3ForCausalLM(config)
+    return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
-def interleaved(steps: Mapping[str, Callable[[], Any]], *, warmup: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, the candidates taking turns, so that a busy moment hits all of them."""
+def interleaved(
+    steps: Mapping[str, Callable[[], Any]], *, warmup: int, rounds: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each call, the candidates taking turns, so that a busy moment hits all of them.
+
+    Every other round goes backwards, so that none always follows the same neighbour.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(warmup + rounds):
-        for name, step in steps.items():
+        for name in list(steps)[:: 1 if i % 2 == 0 else -1]:
+            synchronize(device)
             began = time.perf_counter()
-            step()
+            steps[name]()
+            synchronize(device)
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - began)
     return seconds

@@ -1,7 +1,7 @@
 """The parts of a GPT block: norms, attention and MLPs of every generation (see `config.Architecture`).
 
 Attention exists once. With a cache it reads what earlier calls stored; a traced call takes the explicit softmax and
-records it, every other call the fused kernel.
+records it, a training row on a CPU goes in blocks where that is faster, every other call takes the fused kernel.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from niels_gpt.config import Architecture, ModelConfig
+from niels_gpt.model.causal import blocks_are_faster, causal_attention
 from niels_gpt.model.rope import apply_rope, rope_cache
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(k, v)
         if mask is None and start and T > 1:
             mask = _causal_mask(T, k.shape[2], x.device)
-        if trace is None and not _explicit_is_faster(q, k):
+        if trace is None and mask is None and blocks_are_faster(q, k):
+            y = causal_attention(q, k, v)
+        elif trace is None and not _explicit_is_faster(q, k):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=self._kernel_dropout(x), is_causal=mask is None and T > 1
             )

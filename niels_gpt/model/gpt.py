@@ -78,6 +78,15 @@ class GPT(nn.Module):
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Have `torch.compile` fuse each block's small operations from its next call on; names of weights stay.
+
+        All blocks are one program, compiled once (docs/log.md has the seconds), where compiling the whole model unrolls
+        them. The cross-entropy and attention in blocks stay as they are: they are written out already.
+        """
+        for block in self.blocks:
+            block.compile(backend=backend)
+
     @property
     def num_parameters(self) -> int:
         """Distinct parameters (the tied matrix counts once)."""

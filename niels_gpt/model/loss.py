@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-CHUNK_ROWS = 512
+CHUNK_ROWS = 1024
+TINY = 1e-30  # the smallest probability whose logarithm is taken; that of a smaller one could be infinite
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -24,32 +25,56 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_h = torch.empty_like(h) if needs_grad else None
         grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
         w = weight.to(h.dtype)
+        add_rows = _add_rows_in_place if h.device.type == "cpu" and w.dtype is torch.float32 else _add_rows
         for start in range(0, h.shape[0], chunk):
             rows = slice(start, start + chunk)
-            valid = (target[rows] != IGNORED)[:, None]  # (N, 1)
-            index = target[rows].clamp_min(0)
-            logits = h[rows] @ w.t()
-            top = logits.amax(dim=1, keepdim=True)
-            picked = logits.gather(1, index[:, None]).float()
-            e = logits.sub_(top).exp_()  # in place: softmax = e / Z, and 1 / Z is left to the small matrices below
-            Z = e.sum(dim=1, keepdim=True, dtype=torch.float32)
-            total += ((Z.log() + top - picked) * valid).sum()
-            if grad_h is None or grad_w is None:
-                continue
-            # d loss / d logits = softmax - one-hot, zero in ignored rows
-            scale = valid / Z
-            grad_h[rows] = (e @ w) * scale - w[index] * valid
-            grad_w += e.t() @ (h[rows] * scale).to(h.dtype)
-            grad_w.index_put_((index,), -(h[rows] * valid).float(), accumulate=True)
+            total += add_rows(h[rows], w, target[rows], None if grad_h is None else grad_h[rows], grad_w)
         ctx.save_for_backward(grad_h, grad_w)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad.to(grad_h.dtype), grad_w * grad, None, None
+        # In place saves a pass; a second backward through the same graph is refused by PyTorch, not silently wrong.
+        return grad_h.mul_(grad.to(grad_h.dtype)), grad_w.mul_(grad), None, None
 
 
+def _add_rows(h: Tensor, w: Tensor, target: Tensor, grad_h: Tensor | None, grad_w: Tensor | None) -> Tensor:
+    """Nats of rows h (N, C), summed; their gradient goes into grad_h and is added to grad_w."""
+    valid = (target != IGNORED)[:, None]  # (N, 1)
+    index = target.clamp_min(0)
+    logits = h @ w.t()
+    top = logits.amax(dim=1, keepdim=True)
+    picked = logits.gather(1, index[:, None]).float()
+    e = logits.sub_(top).exp_()  # in place: softmax = e / Z, and 1 / Z is left to the small matrices below
+    Z = e.sum(dim=1, keepdim=True, dtype=torch.float32)
+    if grad_h is not None and grad_w is not None:
+        # d loss / d logits = softmax - one-hot, zero in ignored rows
+        scale = valid / Z
+        grad_h.copy_((e @ w) * scale - w[index] * valid)
+        grad_w += e.t() @ (h * scale).to(h.dtype)
+        grad_w.index_put_((index,), -(h * valid).float(), accumulate=True)
+    return ((Z.log() + top - picked) * valid).sum()
+
+
+def _add_rows_in_place(h: Tensor, w: Tensor, target: Tensor, grad_h: Tensor | None, grad_w: Tensor | None) -> Tensor:
+    """The same for float32 on a CPU, where every row counts: each row of logits is read once, while in cache."""
+    index = target[:, None]
+    logits = h @ w.t()
+    probs = torch.softmax(logits, dim=1, out=logits)
+    picked = probs.gather(1, index)[:, 0]  # (N,)
+    nats = -picked.log()
+    if (unlikely := (picked < TINY).nonzero()[:, 0]).numel():
+        logits = h[unlikely] @ w.t()
+        nats[unlikely] = logits.logsumexp(dim=1) - logits.gather(1, index[unlikely])[:, 0]
+    if grad_h is not None and grad_w is not None:
+        probs.scatter_add_(1, index, probs.new_full(index.shape, -1.0))
+        torch.mm(probs, w, out=grad_h)
+        grad_w.addmm_(probs.t(), h)
+    return nats.sum()
+
+
+@torch.compiler.disable
 def cross_entropy_sum(h: Tensor, weight: Tensor, target: Tensor, chunk: int = CHUNK_ROWS) -> Tensor:
     """Sum over rows of -log softmax(h @ weight.T)[target], in nats, as a 0-d float32 tensor.
 

@@ -12,6 +12,7 @@ from niels_gpt.settings.fields import MANY, MAX_INT64, Beta, Section, Sizes, Tex
 
 MatmulPrecision = Literal["highest", "high", "medium"]
 Metric = Literal["pretrain_val_loss", "sft_val_loss", "weighted"]
+Weights = Literal["fp32", "fp16", "int8"]
 MetricWeights = dict[Literal["pretrain_val_loss", "sft_val_loss"], Annotated[float, Field(gt=0, le=1e6)]]
 
 
@@ -143,7 +144,12 @@ class GenerationSettings(Section):
     top_p: float | None = knob(
         None, "sample among the likeliest of this total probability; 0 or null = all", ge=0, le=1
     )
+    min_p: float | None = knob(
+        None, "drop tokens below this share of the likeliest one's probability; 0 or null = off", ge=0, le=1
+    )
     repetition_penalty: float | None = knob(None, "divide the odds of tokens already seen; null = off", gt=0, le=100)
+    weights: Weights = knob("fp32", "matrices while replying on a CPU: fp16 and int8 are faster, int8 a little worse")
+    native_decoder: bool = knob(True, "reply with compiled code where a C++ compiler is found; false = PyTorch only")
     stop_token_id: int | None = knob(None, "id that ends a reply; null = the end-of-turn sentinel", ge=0, le=65534)
     banned_token_ids: TokenIds | None = knob(None, "ids never sampled; null = the role sentinels")
 

@@ -82,6 +82,11 @@ class Budget:
         return self._step * self._evaluation_in_steps if self._evaluation is None else self._evaluation
 
     @property
+    def evaluation_is_estimated(self) -> bool:
+        """Whether time is kept back for an evaluation without knowing how much it takes."""
+        return self.seconds is not None and not self._over and self._evaluation is None
+
+    @property
     def _step(self) -> float:
         return statistics.median(self._steps) if self._steps else 0.0
 

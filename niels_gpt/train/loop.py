@@ -107,7 +107,7 @@ class Loop:
         with catching_signals() as self._heard, watching(self.world, self.options.silence_s):
             if self.state.step % self.options.eval_every == 0 and self.state.evaluated_step != self.state.step:
                 self._after_step()  # a signal came before the evaluation that was due
-            while not self._stopping() and not self._done():
+            while not self._stopping() and not self._is_over():
                 self._one_step()
             self._finish()
         return TrainResult(
@@ -123,8 +123,12 @@ class Loop:
         self.stop.signum = self.stop.signum or self.world.largest(self._heard.signum)
         return bool(self.stop)
 
-    def _done(self) -> bool:
+    def _is_over(self) -> bool:
         self.budget.agree(self.world)
+        if self.budget.done(self.state.step) and self.budget.evaluation_is_estimated:
+            if self.evaluate():
+                self._save(is_best=True, on_schedule=True)
+            self.budget.agree(self.world)  # the evaluation may have been shorter than the time kept back for it
         return self.budget.done(self.state.step)
 
     def _has_room_for_evaluation(self) -> bool:
@@ -200,6 +204,7 @@ class Loop:
         model, loaded = self._model_of(source)
         load_weights(self.model, model)
         self.stepper.reset_optimizer()
+        self.saver.saved_step = -1
         self.state = self.saver.restore(loaded, quiet=True)[0] if loaded is not None and is_of_run else RunState()
         self.state.lr_factor = now.lr_factor * ROLLBACK_FACTOR
         self.state.rollbacks, self.state.failed_step = now.rollbacks + 1, now.step
@@ -227,6 +232,9 @@ class Loop:
         self.last_evals, self._evaluated_now = found, self.state.step
         sample = self._sample()
         metric = self.job.metric(found) if found else math.nan
+        if not math.isfinite(metric):
+            name = self.options.best_metric
+            self.reporter.warn(f"step {self.state.step}: {name} is no finite number, so this is not the best")
         best = self.state.best_val_loss
         improved = math.isfinite(metric) and (best is None or metric < best)
         self._best_before = (best, self.state.best_step)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from niels_gpt import checkpoint as ckpt
-from niels_gpt.files import is_disk_full
+from niels_gpt.files import explained
 from niels_gpt.train.budget import Budget
 from niels_gpt.train.job import Job
 from niels_gpt.train.parallel import as_sharded, whole_state
@@ -115,10 +115,10 @@ class Saver:
         return [self.options.micro_B, self.options.accum_steps]
 
     def save(self, state: RunState, budget: Budget, *, is_best: bool, on_schedule: bool, finished: bool) -> bool:
-        """One durable step file, then its copies; False if the disk was full, which is a warning on the way.
+        """One durable step file, then its copies; False if the disk was full or failed, which is a warning on the way.
 
         on_schedule: a run that nothing disturbs saves here, too: a place to roll back to. finished: nothing follows.
-        Raises OSError if the disk is full at the end, NotFinite if the weights are no numbers any more.
+        Raises OSError if the last save fails, NotFinite if the weights are no numbers any more.
         """
         world, began = self.job.world, time.perf_counter()
         good_step = state.good_step
@@ -132,8 +132,7 @@ class Saver:
             state.good_step = good_step
             if isinstance(failure, ckpt.NotFinite) or not on_schedule:
                 raise failure
-            reason = failure.strerror or failure
-            self.reporter.warn(f"step {state.step}: not saved: {reason}; trying again at the next save")
+            self.reporter.warn(f"step {state.step}: not saved: {explained(failure)}; trying again at the next save")
             return False
         self.saved_step, self.is_finished = state.step, finished
         budget.note_save(time.perf_counter() - began)
@@ -173,8 +172,6 @@ class Saver:
                 spared=[path for path in spared if path is not None],
             )
         except (OSError, ckpt.NotFinite) as error:
-            if not isinstance(error, ckpt.NotFinite) and not is_disk_full(error):
-                raise
             return error
         return None
 

@@ -85,3 +85,23 @@ def test_large_logits_do_not_overflow():
     loss = cross_entropy_sum(h * 1e4, weight, target)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(weight.grad).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e3])
+def test_very_unlikely_targets_cost_what_they_should(scale):
+    """From about 87 nats on, a float32 probability is zero; the loss must not be."""
+    h, weight, target = example(ignored=0)
+    loss = cross_entropy_sum(h * scale, weight, target)
+    grads = torch.autograd.grad(loss, (h, weight))
+    expected = F.cross_entropy((h * scale) @ weight.T, target, reduction="sum")
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-6)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected, (h, weight)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * scale, rtol=1e-5)
+
+
+def test_a_second_backward_pass_is_refused():
+    h, weight, target = example()
+    loss = cross_entropy_sum(h, weight, target)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

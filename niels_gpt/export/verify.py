@@ -1,0 +1,135 @@
+"""The comparisons that stand between an export and its name; each raises ValueError with one line on a mismatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niels_gpt.chat_format import TextChat, TokenChat
+from niels_gpt.checkpoint import LoadedModel
+from niels_gpt.data.types import Message
+from niels_gpt.export import names, samples
+from niels_gpt.export.hf import DTYPES, rounded, tokenizer_parts
+from niels_gpt.export.needs import needed
+from niels_gpt.model.gpt import GPT
+from niels_gpt.tokenizer import Tokenizer
+
+TOLERANCE = 1e-4  # of logits in float32
+Encode = Callable[[str], Sequence[int]]
+EncodeChat = Callable[[list[dict[str, str]], bool], Sequence[int]]  # messages, whether a reply is asked for -> ids
+
+
+def verify_hf(folder: Path, loaded: LoadedModel, dtype: str) -> float:
+    """Load `folder` with plain transformers and compare everything; returns the largest difference of a logit."""
+    transformers = needed("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    def encode_chat(messages: list[dict[str, str]], reply: bool) -> list[int]:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=reply, tokenize=True, return_dict=False)
+        return list(ids)
+
+    texts = samples.strings(loaded.tokenizer)
+    same_ids(loaded.tokenizer, texts, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+    same_text(loaded.tokenizer, texts, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+    same_chats(loaded, samples.conversations(texts + samples.forgeries()), encode_chat)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
+    worst = same_logits(as_stored(loaded, dtype), lambda ids: model(ids).logits)
+    _same_files(folder, loaded, dtype)
+    return worst
+
+
+def _same_files(folder: Path, loaded: LoadedModel, dtype: str) -> None:
+    """What samples may not touch: every weight, and every piece and merge, as they were meant to be written."""
+    expected = rounded(names.to_hf(loaded.model.state_dict(), loaded.model.cfg, loaded.model.arch), DTYPES[dtype])
+    same_weights(needed("safetensors.torch").load_file(folder / "model.safetensors"), expected)
+    content = tokenizer_parts(loaded.tokenizer, loaded.model.cfg.T)[0]
+    if (folder / "tokenizer.json").read_text(encoding="utf-8") != content:
+        raise ValueError("the export's tokenizer.json is not what was written")
+
+
+def as_stored(loaded: LoadedModel, dtype: str) -> GPT:
+    """Our model with the weights that the export holds, in float32."""
+    if dtype == "f32":
+        return loaded.model
+    model, state = loaded.model, loaded.model.state_dict()
+    other = GPT(model.cfg, model.arch).eval()
+    other.load_state_dict({name: tensor.float() for name, tensor in rounded(state, DTYPES[dtype]).items()})
+    return other
+
+
+@torch.no_grad()
+def same_logits(ours: GPT, theirs: Callable[[Tensor], Tensor], tolerance: float = TOLERANCE) -> float:
+    """Compare logits on rows of random ids, which fill the context; returns the largest difference."""
+    ids = samples.rows(ours.cfg)
+    worst = 0.0
+    for row in ids.split(1):
+        expected, found = ours(row), theirs(row).float()
+        if found.shape != expected.shape:
+            raise ValueError(f"the export's logits have shape {tuple(found.shape)}, ours {tuple(expected.shape)}")
+        difference = float((found - expected).abs().max())
+        if not difference <= tolerance:  # NaN included
+            raise ValueError(f"the export's logits differ by {difference:.2g}, more than {tolerance:g}")
+        worst = max(worst, difference)
+    return worst
+
+
+def same_ids(tokenizer: Tokenizer, texts: Sequence[str], encode: Encode) -> None:
+    """Compare token ids of texts."""
+    for text in texts:
+        expected, found = tokenizer.encode(text), list(encode(text))
+        if found != expected:
+            raise ValueError(f"the export's tokenizer reads {_short(text)} as {_first_difference(found, expected)}")
+
+
+def same_text(tokenizer: Tokenizer, texts: Sequence[str], decode: Callable[[list[int]], str]) -> None:
+    """Compare the texts of those texts' ids."""
+    for text in texts:
+        ids = tokenizer.encode(text)
+        if decode(ids) != tokenizer.decode(ids):
+            raise ValueError(f"the export's tokenizer writes the ids of {_short(text)} as {_short(decode(ids))}")
+
+
+def same_chats(loaded: LoadedModel, chats: Sequence[list[Message]], encode_chat: EncodeChat) -> None:
+    """Compare ids of conversations up to their last user message, with the reply asked for."""
+    for messages in chats:
+        plain = [{"role": m.role, "content": m.content} for m in messages]
+        expected = prompt_ids(loaded, messages)
+        found = list(encode_chat(plain, True))
+        if found != expected:
+            raise ValueError(
+                f"the export's chat template reads {_short(str(plain))} as {_first_difference(found, expected)}"
+            )
+
+
+def prompt_ids(loaded: LoadedModel, messages: Sequence[Message]) -> list[int]:
+    """Ids that ask for the next reply, nothing left out."""
+    chat: Any = loaded.chat_format
+    assert isinstance(chat, TokenChat | TextChat)
+    ids: list[int] = chat.encode_prompt(messages, context=1 << 40, max_new_tokens=1).ids
+    return ids
+
+
+def same_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Compare state dicts to the bit."""
+    if different := set(found) ^ set(expected):
+        raise ValueError(f"the export lacks or adds the weights {', '.join(sorted(different)[:5])}")
+    for name, tensor in expected.items():
+        if not torch.equal(found[name], tensor):
+            raise ValueError(f"the export's weights {name} are not the model's")
+
+
+def _first_difference(found: Sequence[int], expected: Sequence[int]) -> str:
+    at = next(
+        (n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
+    )
+    return f"{list(found[at : at + 8])} from its token {at} on, where it should be {list(expected[at : at + 8])}"
+
+
+def _short(text: str) -> str:
+    return ascii(text if len(text) <= 60 else text[:60] + "...")

@@ -1,0 +1,127 @@
+"""Compiles the native decoder on first use and keeps it in the user's cache folder; without a compiler there is none.
+
+A build is known by a hash of its sources, its flags and this machine's processor, so a new version or another machine
+sharing the home folder builds its own. Programs that start together wait for one build.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from niels_gpt import files
+
+SOURCES = Path(__file__).parent
+MAIN = "decoder.cpp"
+COMPILERS = ("c++", "g++", "clang++")
+PLAIN_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w")
+NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+LONGEST_BUILD = 300  # seconds
+
+
+def cache_folder() -> Path:
+    """Where builds are kept: XDG_CACHE_HOME or the system's usual folder for caches."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "niels-gpt"
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/niels-gpt"
+    return Path.home() / ".cache/niels-gpt"
+
+
+@functools.cache
+def load() -> ctypes.CDLL | str:
+    """The compiled library, or the reason why there is none. Tried once per process."""
+    try:
+        return _declared(ctypes.CDLL(str(_built())))
+    except (OSError, RuntimeError, Timeout) as error:
+        return str(error)
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, or the first of the usual names that is there."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else list(COMPILERS)
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def _built() -> Path:
+    """The library's file, made if need be. OSError or RuntimeError when it cannot be made."""
+    target = cache_folder() / f"decoder-{_fingerprint()}.so"
+    if target.is_file():
+        return target
+    found = compiler()
+    if found is None:
+        raise RuntimeError("no C++ compiler (c++, g++ or clang++) on the PATH")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_suffix(".lock"), timeout=LONGEST_BUILD):
+            if not target.is_file():
+                with files.replacing(target) as temporary:
+                    _compile(found, temporary)
+        return target
+    except (PermissionError, OSError) as error:
+        if isinstance(error, Timeout):
+            raise
+        # No place in the home folder: this process builds its own, in a folder that is the user's alone.
+        own = Path(tempfile.mkdtemp(prefix="niels-gpt-")) / target.name
+        _compile(found, own)
+        return own
+
+
+def _compile(found: str, target: Path) -> None:
+    if sys.stderr.isatty():
+        print("building the native decoder (once, some seconds) ...", file=sys.stderr, flush=True)
+    said = ""
+    for flags in ([NATIVE], []):  # an old compiler may not know this machine
+        command = [found, *PLAIN_FLAGS, *flags, "-o", str(target), str(SOURCES / MAIN)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_BUILD, check=False)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{found} took more than {LONGEST_BUILD} s") from None
+        if done.returncode == 0:
+            return
+        said = said or done.stderr.strip()
+    raise RuntimeError(f"{found} failed: {said[:300]}")
+
+
+def _fingerprint() -> str:
+    parts = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
+    parts += [text.encode() for text in (*PLAIN_FLAGS, NATIVE, *_processor())]
+    return files.sha256_bytes(b"\0".join(parts))[:16]
+
+
+def _processor() -> Iterator[str]:
+    """What compiled code depends on: system, architecture, and the features of the processor."""
+    yield platform.system()
+    yield platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+        for name in ("model name", "flags", "Features"):
+            yield next((line for line in lines if line.startswith(name)), "")
+    else:
+        yield platform.processor()
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    library.decoder_new.restype = pointer
+    library.decoder_new.argtypes = [pointer, pointer, number, number]
+    library.decoder_step.restype = None
+    library.decoder_step.argtypes = [pointer, number, *[pointer] * 5, size, size, pointer, pointer]
+    library.decoder_free.restype = None
+    library.decoder_free.argtypes = [pointer]
+    library.decoder_read.restype = ctypes.c_float
+    library.decoder_read.argtypes = [pointer]
+    library.decoder_bytes.restype = size
+    library.decoder_bytes.argtypes = [pointer]
+    return library
