@@ -131,8 +131,12 @@ class Loop:
         self.stop.signum = self.stop.signum or self.world.largest(self._heard.signum)
         return bool(self.stop)
 
-    def _done(self) -> bool:
+    def _is_over(self) -> bool:
         self.budget.agree(self.world)
+        if self.budget.done(self.state.step) and self.budget.evaluation_is_estimated:
+            if self.evaluate():
+                self._save(is_best=True, on_schedule=True)
+            self.budget.agree(self.world)  # the evaluation may have been shorter than the time kept back for it
         return self.budget.done(self.state.step)
 
     def _has_room_for_evaluation(self) -> bool:

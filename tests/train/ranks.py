@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from niels_gpt.batching import Batch
 from niels_gpt.train.distributed import World, joined
-from niels_gpt.train.loop import Loop
+from niels_gpt.train.loop import Interrupted, Loop, train
 from niels_gpt.train.pretrain import pretrain_job, run_pretrain
 from niels_gpt.train.report import reporter_for
 from niels_gpt.train.start import start_phase
@@ -25,6 +29,36 @@ def run(world: World, config: dict[str, Any], resume: str | None) -> object:
     """The whole phase, as train.run does it."""
     result = run_pretrain(config, device="cpu", resume_path=resume, quiet=True, world=world)
     return {key: value for key, value in result.items() if isinstance(value, (int, float))}
+
+
+def stop(world: World, config: dict[str, Any], resume: str | None) -> object:
+    """Process 1 gets a signal while it takes step 6."""
+    try:
+        train_until(6, lambda: world.rank == 1 and signal.raise_signal(signal.SIGTERM), world, config)
+    except Interrupted as said:
+        return world.gather(str(said).partition(";")[0])
+    return None
+
+
+def hang(world: World, config: dict[str, Any], resume: str | None) -> object:
+    """Process 0 hangs in step 14, which ends the job; so this must be the last case."""
+    Path(f"pid{world.rank}").write_text(str(os.getpid()), encoding="utf-8")
+    train_until(14, lambda: world.rank == 0 and os.kill(os.getpid(), signal.SIGSTOP), world, config)
+    return None
+
+
+def train_until(step: int, then: Callable[[], object], world: World, config: dict[str, Any]) -> None:
+    """Train, and do something while the batch of a step is made."""
+    start = start_phase("pretrain", config, device="cpu", resume_path=None, no_auto_resume=True, world=world)
+    job = pretrain_job(start)
+
+    def batch(first: int, rows: int) -> Batch:
+        if first // (start.options.micro_B * start.options.accum_steps) == step - 1:
+            then()
+        return job.batch(first, rows)
+
+    reporter = reporter_for(world, "pretrain", start.resolved.run_id, quiet=True)
+    train(replace(job, batch=batch), device="cpu", reporter=reporter)
 
 
 def poison(world: World, config: dict[str, Any], resume: str | None) -> object:
@@ -101,7 +135,15 @@ def refusals(world: World, config: dict[str, Any], resume: str | None) -> object
     return world.gather(said)
 
 
-ACTIONS = {"run": run, "poison": poison, "scarce": scarce, "metric": metric, "refusals": refusals}
+ACTIONS = {
+    "run": run,
+    "stop": stop,
+    "hang": hang,
+    "poison": poison,
+    "scarce": scarce,
+    "metric": metric,
+    "refusals": refusals,
+}
 
 
 def main(path: str) -> None:

@@ -23,8 +23,11 @@ from niels_gpt.tokenizer import SentencePieceTokenizer
 from niels_gpt.train import distributed
 from niels_gpt.train.budget import Budget
 from niels_gpt.train.distributed import World, joined
+from niels_gpt.train.loop import Loop
 from niels_gpt.train.microbatches import Microbatches
-from niels_gpt.train.pretrain import run_pretrain
+from niels_gpt.train.pretrain import pretrain_job, run_pretrain
+from niels_gpt.train.report import reporter_for
+from niels_gpt.train.start import start_phase
 from tests.train import workshop
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
@@ -64,8 +67,8 @@ def alone(folder: Path, settings: dict[str, Any], resume: Path | None = None) ->
         os.chdir(here)
 
 
-def together(folder: Path, cases: list[dict[str, Any]], processes: int = 2) -> None:
-    """Run the cases in several processes started by torchrun."""
+def together(folder: Path, cases: list[dict[str, Any]], *, processes: int = 2, succeeds: bool = True) -> str:
+    """Run the cases in several processes started by torchrun; returns what they said on stderr."""
     for case in cases:
         case.update({key: str(folder / case[key]) for key in ("folder", "resume") if key in case})
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -78,9 +81,10 @@ def together(folder: Path, cases: list[dict[str, Any]], processes: int = 2) -> N
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[:6000]}"
+    assert (done.returncode == 0) is succeeds, f"{done.stdout[-1000:]}\n{done.stderr[:6000]}"
     said = [line for line in done.stderr.splitlines() if "warning" in line.lower() and "out of memory" not in line]
     assert not said, said
+    return done.stderr
 
 
 def latest(folder: Path) -> Path:
@@ -102,10 +106,12 @@ def largest_difference(a: Path, b: Path) -> float:
     return max(float((x[name] - y[name]).abs().max()) for name in x)
 
 
-def test_two_processes_are_one(ground: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
+def test_two_processes_are_one(
+    ground: Path, tiny_tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """50 steps of DDP with dropout and clipping, elastic 1 -> 2 -> 1, FSDP, and what only one process sees go wrong."""
     ddp = config(ground, tiny_tokenizer)
-    fsdp = config(ground, tiny_tokenizer, parallel="fsdp", grad_clip=NO_CLIP)
+    fsdp = config(ground, tiny_tokenizer, steps=16, ckpt_every=8, parallel="fsdp", grad_clip=NO_CLIP)
     alone(ground / "unclipped", fsdp)
     cases = [
         {"action": "run", "folder": "two", "config": ddp},
@@ -115,23 +121,28 @@ def test_two_processes_are_one(ground: Path, tiny_tokenizer: SentencePieceTokeni
             "action": "run",
             "folder": "resharded",
             "config": fsdp,
-            "resume": "unclipped/checkpoints/pretrain/step_0000040.pt",
+            "resume": "unclipped/checkpoints/pretrain/step_0000008.pt",
         },
+        {"action": "stop", "folder": "stopped", "config": ddp},
         {"action": "poison", "folder": "poison", "config": ddp},
         {"action": "scarce", "folder": "scarce", "config": without_dropout(ddp)},
         {"action": "metric", "folder": "metric", "config": ddp, "resume": "one/checkpoints/pretrain/latest.pt"},
         {"action": "refusals", "folder": "refusals", "config": ddp},
+        {"action": "hang", "folder": "hung", "config": config(ground, tiny_tokenizer, silence_s=3)},
     ]
-    together(ground, cases)
+    said = together(ground, cases, succeeds=False)
+    ended = time.time()
     same(ground / "one", ground / "two")
     _goes_on_alone(ground, ddp)
     same(ground / "unclipped", ground / "sharded")
     assert workshop.weights_sha(latest(ground / "resharded")) == workshop.weights_sha(latest(ground / "unclipped"))
 
+    assert result(ground / "stopped") == [f"stopped by signal {signal.SIGTERM} after step 6"] * 2
+    assert load_checkpoint(latest(ground / "stopped"), device="cpu")["step"] == 6
     assert result(ground / "poison") == [[True, False, False, False, True]] * 2
     first, second = result(ground / "scarce")
     assert first == second and first[2:] == [2, 4, 2]  # rows, microbatches, rows of an evaluation
-    assert first[0] == pytest.approx(losses_alone(ground / "wide", without_dropout(ddp)), rel=1e-5)
+    assert first[0] == pytest.approx(losses_alone(ground / "wide", without_dropout(ddp), monkeypatch), rel=1e-5)
 
     counted = alone(ground / "counted", ddp, latest(ground / "one"))  # nothing is left to do: it only evaluates
     assert counted["final_step"] == STEPS
@@ -143,6 +154,13 @@ def test_two_processes_are_one(ground: Path, tiny_tokenizer: SentencePieceTokeni
     assert main[0] == "ValueError: the disk has gone"
     assert other[0] == "MainFailed: process 0 failed: ValueError: the disk has gone"
     assert all("data differs between the processes" in said for said in (main[1], other[1]))
+
+    assert "process 0 of this run has shown no sign of life for 3 s" in said
+    last_step = max(path.stat().st_mtime for path in (ground / "hung").glob("runs/*/metrics.jsonl"))
+    assert ended - last_step < 15
+    assert not any(psutil.pid_exists(int((ground / f"hung/pid{rank}").read_text())) for rank in (0, 1))
+    alone(ground / "hung", ddp)
+    same(ground / "one", ground / "hung")
 
 
 def _goes_on_alone(ground: Path, settings: dict[str, Any]) -> None:
@@ -156,13 +174,20 @@ def _goes_on_alone(ground: Path, settings: dict[str, Any]) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_clipping_of_sharded_gradients(
+def test_fifty_sharded_steps(
     ground: Path, tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, optimizer: str
 ) -> None:
-    """The norm is summed shard by shard, which costs the last bits."""
-    settings = config(ground, tiny_tokenizer, parallel="fsdp", optimizer=optimizer)
-    alone(tmp_path / "one", settings)
-    together(tmp_path, [{"action": "run", "folder": "two", "config": settings}])
+    """To the bit; where gradients are clipped the norm is summed shard by shard, which costs the last ones."""
+    clipped = config(ground, tiny_tokenizer, parallel="fsdp", optimizer=optimizer)
+    unclipped = config(ground, tiny_tokenizer, parallel="fsdp", optimizer=optimizer, grad_clip=NO_CLIP)
+    alone(tmp_path / "one", clipped)
+    alone(tmp_path / "free", unclipped)
+    cases = [
+        {"action": "run", "folder": "two", "config": clipped},
+        {"action": "run", "folder": "two free", "config": unclipped},
+    ]
+    together(tmp_path, cases)
+    same(tmp_path / "free", tmp_path / "two free")
     assert 0 < largest_difference(tmp_path / "one", tmp_path / "two") <= 1e-6
 
 
@@ -191,10 +216,14 @@ def without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "model": {**settings["model"], "dropout": 0.0}}
 
 
-def losses_alone(folder: Path, settings: dict[str, Any]) -> list[float]:
-    """The losses of the first three steps."""
-    alone(folder, {**settings, "training": {"pretrain": {**settings["training"]["pretrain"], "total_steps": 3}}})
-    return [float.fromhex(loss) for loss in workshop.steps_logged(folder, "pretrain").values()]
+def losses_alone(folder: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The losses of the first three steps of one process, as `ranks.scarce` takes them."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    start = start_phase("pretrain", settings, device="cpu", resume_path=None, no_auto_resume=True)
+    reporter = reporter_for(start.world, "pretrain", start.resolved.run_id, quiet=True)
+    loop = Loop(pretrain_job(start), device="cpu", reporter=reporter, resume=None, init=None)
+    return [loop.train_step(number).loss for number in range(3)]
 
 
 def result(folder: Path) -> Any:
@@ -239,18 +268,19 @@ class Job:
         return self.errors.read_text()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "ends",
     [
-        pytest.param(("signal", "hang"), id="a signal and a hang"),
-        pytest.param(("kill 0", "signal", "kill 1", "hang"), id="four ends", marks=pytest.mark.soak),
+        pytest.param(("kill 0", "signal", "hang"), id="three ends"),
+        pytest.param(("hang", "signal", "kill 1", "kill 0", "signal"), id="five ends"),
     ],
 )
 def test_one_ends_all(
     ground: Path, tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, ends: tuple[str, ...]
 ) -> None:
     """Whatever ends one process ends the job within 15 s; resumed, the run is as if nothing had disturbed it."""
-    settings = config(ground, tiny_tokenizer, steps=80, ckpt_every=5, silence_s=4)
+    settings = config(ground, tiny_tokenizer, steps=24 + 16 * len(ends), ckpt_every=5, silence_s=4)
     alone(tmp_path / "straight", settings)
     folder = tmp_path / "disturbed"
     folder.mkdir()
