@@ -118,14 +118,6 @@ class Loop:
             ckpt.phase_paths(self.job.phase).best,
         )
 
-    def _is_over(self) -> bool:
-        over = self._done()
-        if not over or not self.budget.evaluation_is_estimated:
-            return over
-        if self.evaluate():
-            self._save(is_best=True, on_schedule=True)
-        return self._done()  # the evaluation may have been shorter than the time kept back for it
-
     def _stopping(self) -> bool:
         """Whether a signal has reached one of the processes."""
         self.stop.signum = self.stop.signum or self.world.largest(self._heard.signum)
