@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from niels_gpt.device import synchronize
+from niels_gpt.train.mfu import best_matmul
+from niels_gpt.train.mfu import flops_per_token as training_flops_per_token
 
 KEYS = ("V", "T", "C", "L", "H", "d_ff")
 
@@ -45,16 +47,7 @@ def machine(device: str = "cpu") -> str:
 
 def gemm_peak(dtype: torch.dtype, rounds: int = 5, device: str = "cpu") -> float:
     """Best FLOP/s of a square matrix product, large enough to fill the device."""
-    size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(rounds + 1):
-        synchronize(device)
-        began = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    return best_matmul(device, dtype, 8192 if device == "cuda" else 2048, rounds=rounds + 1)
 
 
 def flops_per_token(shape: Mapping[str, int], matmul_parameters: int | None = None) -> float:
@@ -62,9 +55,9 @@ def flops_per_token(shape: Mapping[str, int], matmul_parameters: int | None = No
 
     matmul_parameters: of the model at hand; by default those of ours at this shape.
     """
-    C, L, T = shape["C"], shape["L"], shape["T"]
+    C, L = shape["C"], shape["L"]
     ours = shape["V"] * C + L * (4 * C * C + 3 * C * shape["d_ff"])
-    return 6.0 * (matmul_parameters or ours) + 6.0 * L * T * C
+    return training_flops_per_token(matmul_parameters or ours, layers=L, width=C, context=shape["T"])
 
 
 def hugging_face_twin(shape: Mapping[str, int], family: str = "Qwen3") -> nn.Module:

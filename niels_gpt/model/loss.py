@@ -85,6 +85,8 @@ def cross_entropy_sum(h: Tensor, weight: Tensor, target: Tensor, chunk: int = CH
         counted = (target != IGNORED).nonzero()[:, 0]
         if len(counted) < len(target):  # fine-tuning: prompts and padding need no logits
             h, target = h.index_select(0, counted), target[counted]
+    if not torch.is_grad_enabled():  # which a Function cannot know: it would compute gradients that nobody wants
+        h, weight = h.detach(), weight.detach()
     if torch.is_autocast_enabled(h.device.type):
         h = h.to(torch.get_autocast_dtype(h.device.type))
     with torch.autocast(h.device.type, enabled=False):

@@ -16,7 +16,7 @@ from niels_gpt.device import Precision, synchronize
 from niels_gpt.model.gpt import GPT
 
 PEAK_SECONDS = 0.3  # how long to measure
-PEAK_SIZE = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # rows and columns: large enough to reach the peak
+PEAK_SIZE = {"cpu": 1536, "mps": 2048, "cuda": 8192}  # rows and columns: large enough to reach the peak
 
 
 def flops_per_token(matmul_parameters: int, *, layers: int, width: int, context: int) -> float:
@@ -42,12 +42,17 @@ def matmul_peak(precision: Precision) -> float:
 
 @functools.cache
 def _peak(device: str, dtype: torch.dtype, threads: int, float32_precision: str) -> float:
-    size = PEAK_SIZE[device]
+    return best_matmul(device, dtype, PEAK_SIZE[device], seconds=PEAK_SECONDS)
+
+
+def best_matmul(device: str, dtype: torch.dtype, size: int, *, seconds: float = 0.0, rounds: int = 2) -> float:
+    """FLOP/s of the best of at least `rounds` products of two square matrices, and as many as `seconds` allow."""
     a = torch.full((size, size), 0.5, dtype=dtype, device=device)  # no random numbers: training must not notice
-    best, rounds, stop = float("inf"), 0, time.perf_counter() + PEAK_SECONDS
-    while rounds < 2 or time.perf_counter() < stop:
+    best, done, stop = float("inf"), 0, time.perf_counter() + seconds
+    while done < rounds or time.perf_counter() < stop:
+        synchronize(device)
         began = time.perf_counter()
         torch.mm(a, a)
         synchronize(device)
-        best, rounds = min(best, time.perf_counter() - began), rounds + 1
+        best, done = min(best, time.perf_counter() - began), done + 1
     return 2.0 * size**3 / best

@@ -103,7 +103,8 @@ class Reporter:
 
     def say(self, line: str) -> None:
         if not self.quiet:
-            self.console.print(line, markup=False)
+            encoding = self.console.encoding  # a model may write what this terminal or file cannot hold
+            self.console.print(line.encode(encoding, "replace").decode(encoding), markup=False)
 
     def warn(self, line: str) -> None:
         Console(file=sys.stderr, highlight=False, soft_wrap=True).print(f"warning: {line}", markup=False)

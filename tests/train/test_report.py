@@ -87,6 +87,14 @@ def test_lines_are_those_of_the_published_logs_and_more_beside_them() -> None:
     )
 
 
+def test_a_sample_that_the_output_cannot_hold_does_not_end_training() -> None:
+    out = io.BytesIO()
+    made = Reporter("pretrain", "r", console=Console(file=io.TextIOWrapper(out, encoding="ascii"), soft_wrap=True))
+    made.evaluated(1, {}, math.nan, False, Sample("Once", "caf\u00e9"))
+    made.console.file.flush()
+    assert out.getvalue() == b"[pretrain] sample: Once -> caf?\n"
+
+
 def test_what_is_recorded_can_be_read_by_any_json_reader() -> None:
     made, _ = reporter()
     made.step(report(1, loss=math.nan))
