@@ -8,7 +8,10 @@ from importlib import import_module
 COMMANDS = {
     "quickstart": ("niels_gpt.quickstart", "train a small chat model offline, in minutes, and talk to it"),
     "chat": ("niels_gpt.chat_cli", "talk to a checkpoint, or answer one --prompt"),
+    "download": ("niels_gpt.hub.download", "bring a published checkpoint here from the Hugging Face hub"),
+    "upload": ("niels_gpt.hub.upload", "publish a checkpoint on the Hugging Face hub, with a model card"),
     "train": ("niels_gpt.train.run", "pretrain, fine-tune or both, from a config"),
+    "runs": ("niels_gpt.train.runs_cli", "what was trained here, how well, and where the time went"),
     "tokenizer": ("niels_gpt.tokenizer.train_cli", "train a tokenizer on files, sources or the mix of a config"),
     "cache": ("niels_gpt.cache.cli", "build, show and verify token caches"),
     "notes": ("niels_gpt.notes_cli", "see what would be learned from your own notes, then build their cache"),

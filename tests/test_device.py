@@ -1,5 +1,6 @@
 """Device and precision choices, as tables."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -9,7 +10,14 @@ import pytest
 import torch
 
 from niels_gpt import device
-from niels_gpt.device import choose_precision, get_device, memory_in_use, resolve_device, synchronize
+from niels_gpt.device import (
+    choose_precision,
+    get_device,
+    memory_in_use,
+    resolve_device,
+    synchronize,
+    use_deterministic_kernels,
+)
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -114,3 +122,13 @@ def test_glibc_agrees_to_keep_freed_memory() -> None:
     ask = "from niels_gpt.device import keep_freed_memory; print(keep_freed_memory(), keep_freed_memory())"
     said = subprocess.run([sys.executable, "-c", ask], capture_output=True, check=True, text=True).stdout
     assert said.split() == [str(platform.libc_ver()[0] == "glibc")] * 2
+
+
+def test_deterministic_kernels_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        use_deterministic_kernels()
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -84,6 +84,24 @@ def test_specials_are_left_out_of_nats_and_bytes(tiny_tokenizer: SentencePieceTo
     assert shorter.text_bytes == len(tiny_tokenizer.decode(ids[1:32]).encode()) and shorter.nats < result.nats
 
 
+def test_one_evaluation_gives_the_loss_and_the_bits_of_its_text(tiny_tokenizer: SentencePieceTokenizer) -> None:
+    """The bits per byte beside a loss are those of the same targets without sentinels; the loss is as without them."""
+    model = varied_model(V=tiny_tokenizer.vocab_size)
+    assert tiny_tokenizer.eot_id is not None
+    x, y = rows(512, 4, 16), rows(512, 4, 16, seed=2)
+    y[0, :5], y[1, 3], y[2, 7:9] = IGNORED, tiny_tokenizer.eot_id, tiny_tokenizer.eot_id
+    lengths = token_byte_lengths(tiny_tokenizer)
+    found = evaluate(model, [Batch(x, y), Batch(x[:1], y[:1])], device="cpu", byte_lengths=lengths)
+    plain = evaluate(model, [Batch(x, y), Batch(x[:1], y[:1])], device="cpu")
+    assert (found.nats, found.tokens) == (plain.nats, plain.tokens) and math.isnan(plain.text.value)
+    text = y.masked_fill(torch.from_numpy(lengths)[y.clamp_min(0)] == 0, IGNORED)
+    alone = evaluate(model, [Batch(x, text), Batch(x[:1], text[:1])], device="cpu")
+    assert alone.tokens < plain.tokens and found.text.nats == pytest.approx(alone.nats, rel=1e-6)
+    assert found.text.text_bytes == sum(
+        len(tiny_tokenizer.token_bytes(t)) for part in (y, y[:1]) for t in part.flatten().tolist() if t != IGNORED
+    )
+
+
 def test_batch_size_does_not_matter_and_windows_are_spread(tiny_tokenizer: SentencePieceTokenizer) -> None:
     model = varied_model(V=tiny_tokenizer.vocab_size)
     stream = TokenStream([np.array(random_ids(700, 512), np.uint16), np.array(random_ids(300, 512), np.uint16)], "s")

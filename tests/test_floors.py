@@ -25,7 +25,7 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
         "cache.integrity",
     ),
     3: ("chat_format", "streams", "mixes", "cache", "checkpoint", "infer"),
-    4: ("eval", "generate", "chat", "recall", "summary", "export"),
+    4: ("eval", "generate", "chat", "hub", "recall", "summary", "export"),
     5: (
         "train",
         "chat_cli",
@@ -39,6 +39,8 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
         "export.cli",
         "export.import_cli",
         "export.llama_cpp_probe",
+        "hub.download",
+        "hub.upload",
         "tokenizer.train_cli",
         "tokenizer.report",
         "tokenizer.sample",
@@ -46,6 +48,7 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
 }
 PROGRAMS = {
     "train.run",
+    "train.runs_cli",
     "chat_cli",
     "cache.cli",
     "notes_cli",
@@ -57,6 +60,8 @@ PROGRAMS = {
     "export.cli",
     "export.import_cli",
     "export.llama_cpp_probe",
+    "hub.download",
+    "hub.upload",
     "tokenizer.train_cli",
     "tokenizer.report",
     "tokenizer.sample",

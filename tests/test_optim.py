@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from niels_gpt.optim import Muon, OptimizerGroup, orthogonalize
+from niels_gpt.optim import NEWTON_SCHULZ, Muon, OptimizerGroup, _gram_is_cheaper, orthogonalize
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -43,6 +43,39 @@ def test_singular_values_end_near_one_and_vectors_stay(shape, scale):
 def test_a_batch_is_its_matrices_one_by_one():
     G = normal(6, 12, 20)
     torch.testing.assert_close(orthogonalize(G), torch.cat([orthogonalize(g[None]) for g in G]), atol=1e-5, rtol=1e-5)
+
+
+def quintic(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Newton-Schulz as it is written in the paper, in float64."""
+    a, b, c = NEWTON_SCHULZ
+    X = G.double() / G.double().norm(dim=(-2, -1), keepdim=True)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16), (2, 16, 24), (2, 16, 32), (2, 32, 96), (2, 96, 32)])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 3.0])
+def test_is_the_polynomial_of_the_paper_for_any_shape_and_spectrum(shape, decay):
+    """Also where singular values fall by a factor of a thousand, so that float32 products hardly hold the smallest."""
+    U, S, Vh = torch.linalg.svd(normal(*shape), full_matrices=False)
+    G = U @ torch.diag_embed(10.0 ** -torch.linspace(0, decay, S.shape[-1]).expand_as(S)) @ Vh
+    expected = quintic(G) if shape[1] <= shape[2] else quintic(G.mT).mT
+    torch.testing.assert_close(orthogonalize(G).double(), expected, atol=1e-3, rtol=0)
+    assert (orthogonalize(G, dtype=torch.bfloat16).double() - expected).norm() / expected.norm() < 0.2
+
+
+def test_the_gram_matrix_is_used_only_where_it_is_exact_and_cheaper():
+    assert _gram_is_cheaper(torch.zeros(1, 8, 16))
+    assert not _gram_is_cheaper(torch.zeros(1, 8, 15))
+    assert not _gram_is_cheaper(torch.zeros(1, 8, 16, dtype=torch.bfloat16))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert not _gram_is_cheaper(torch.zeros(1, 8, 16))
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_zero_stays_zero():

@@ -43,8 +43,9 @@ def machine(device: str = "cpu") -> str:
     return f"{name}, {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def gemm_peak(dtype: torch.dtype, size: int = 2048, rounds: int = 5, device: str = "cpu") -> float:
-    """Best FLOP/s of a square matrix product."""
+def gemm_peak(dtype: torch.dtype, rounds: int = 5, device: str = "cpu") -> float:
+    """Best FLOP/s of a square matrix product, large enough to fill the device."""
+    size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(rounds + 1):

@@ -127,8 +127,7 @@ def measure(name: str, names: list[str], precision: str, rounds: int, device: st
     shape = SHAPES[name]
     built = build(names, shape, precision, random_batch(shape, device))
     peaks: list[float] = []
-    size = 2048 if device == "cpu" else 8192
-    gemm = Candidate(lambda: peaks.append(gemm_peak(PRECISIONS[precision], size, rounds=3, device=device)), 0)
+    gemm = Candidate(lambda: peaks.append(gemm_peak(PRECISIONS[precision], rounds=3, device=device)), 0)
     steps = {key: candidate.step for key, candidate in ({"GEMM": gemm} | built).items()}
     seconds = interleaved(steps, warmup=WARMUP, rounds=rounds, device=device)
     rows = []
@@ -151,12 +150,14 @@ def peak_memory(name: str, candidate: str, precision: str, args: argparse.Namesp
         str(Path(__file__).resolve()),
         "--child",
         candidate,
+        *(["--rows", str(args.rows)] if args.rows else []),
         "--shape",
         name,
         "--precision",
         precision,
     ]
     command += ["--device", args.device, "--threads", str(args.threads)]
+    command += ["--rows", str(args.rows)] if args.rows else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"memory of {candidate}: {(done.stderr.strip().splitlines() or ['?'])[-1]}", file=sys.stderr)
@@ -223,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--rounds", type=int, default=8, help="timed steps of each candidate (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rows", type=int, metavar="B", help="rows of a step, instead of the shape's own")
     parser.add_argument("--precision", choices=[*PRECISIONS], help="default: fp32 on CPUs, bf16 on GPUs")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only these, by name or a part of it")
@@ -254,6 +256,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     keep_freed_memory()
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
+    for shape in SHAPES.values() if args.rows else ():
+        shape["B"] = args.rows
     print(machine(args.device))
     on_cpu = args.device == "cpu"
     groups = [list(WITHOUT_DROPOUT), list(WITH_DROPOUT)] if on_cpu else [list(ON_GPU)]

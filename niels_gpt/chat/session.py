@@ -43,7 +43,7 @@ class Session:
         if command:
             name, argument = command[1].lower(), (command[2] or "").strip()
             if name not in COMMANDS:
-                near = get_close_matches(name, COMMANDS, 1)
+                near = [c for c in COMMANDS if c.startswith(name)] or get_close_matches(name, COMMANDS, 1)
                 meant = f"did you mean {near[0]}? " if near else ""
                 raise ValueError(f"there is no command {name}; {meant}/help lists them, //... says it to the model")
             COMMANDS[name][2](self, argument)

@@ -25,7 +25,8 @@ UNPRINTABLE = {code: "\ufffd" for code in (*range(32), *range(127, 160), *_TURNI
 
 LEVELS = ((1.0, ""), (3.0, "green"), (6.0, "magenta"), (math.inf, "bold red underline"))  # bits below which, style
 ALTERNATIVES = 5  # likeliest tokens that are asked for
-LISTED = 5  # least certain tokens that are listed
+LISTED = 5  # least certain tokens that are listed,
+CERTAIN = 0.1  # if they surprised by so many bits
 _SMALL = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _BAR = 10  # characters of the context meter
 _NAMES = {"sys": "[system]", "usr": "[user]", "asst": "[assistant]", "eot": "[end]"}
@@ -107,8 +108,10 @@ class View:
         if not steps:
             return
         mean = sum(map(surprise, steps)) / len(steps)
-        self.print(f"[{mean:.2f} bits a token; least certain of {len(steps)}:]")
-        for step in sorted(steps, key=surprise, reverse=True)[:LISTED]:
+        doubtful = sorted((step for step in steps if surprise(step) >= CERTAIN), key=surprise, reverse=True)[:LISTED]
+        least = f"least certain of {len(steps)}:" if doubtful else "it was sure of every one"
+        self.print(f"[{mean:.2f} bits a token; {least}]")
+        for step in doubtful:
             others = [(i, p) for i, p in step.top if i != step.token_id][: ALTERNATIVES - 1]
             instead = ", ".join(_likely(tokenizer, token_id, logprob) for token_id, logprob in others)
             self.print(

@@ -27,6 +27,7 @@ from niels_gpt.tokenizer import (
 )
 
 BYTES = 256
+TOKENIZER_BESIDE = "spm.model"  # in the checkpoint's folder, as `niels-gpt download` puts it there
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ def load_model(
 ) -> LoadedModel:
     """Read a checkpoint of any generation.
 
-    The tokenizer is `tokenizer_path` if given, else the one inside the checkpoint, else the one its settings name, else
-    the default; its sha256 must be the recorded one unless `ignore_tokenizer_hash`. Raises like `load_checkpoint`, and
-    ValueError for a tokenizer that does not fit.
+    The tokenizer is `tokenizer_path` if given, else the one inside the checkpoint, else one of these files: the one its
+    settings name, spm.model beside it, the default. Its sha256 must be the recorded one unless `ignore_tokenizer_hash`.
+    Raises like `load_checkpoint`, and ValueError for a tokenizer that does not fit.
     """
     path = Path(path)
     checkpoint = load_checkpoint(path, device=device)
@@ -87,6 +88,15 @@ def is_byte_model(checkpoint: Checkpoint) -> bool:
     return architecture_of(checkpoint["model_state"]) == V1 if meta is None else meta.get("tokenizer_sha256") is None
 
 
+def recorded_tokenizer(checkpoint: Checkpoint) -> str | None:
+    """sha256 of the tokenizer that the model was trained with; None if nothing says it."""
+    recorded: str | None = (_settings_meta(checkpoint) or {}).get("tokenizer_sha256")
+    embedded = checkpoint["tokenizer_model"]
+    if recorded is None and embedded is not None:
+        return files.sha256_bytes(embedded.numpy().tobytes())
+    return recorded
+
+
 def _settings_meta(checkpoint: Checkpoint) -> dict[str, Any] | None:
     meta = checkpoint["train_cfg"].get("_settings_meta")
     return meta if isinstance(meta, dict) else None
@@ -114,14 +124,12 @@ def _subword_tokenizer(
 ) -> SentencePieceTokenizer:
     embedded = checkpoint["tokenizer_model"]
     content = None if embedded is None else embedded.numpy().tobytes()
-    expected = (_settings_meta(checkpoint) or {}).get("tokenizer_sha256")
-    if expected is None and content is not None:
-        expected = files.sha256_bytes(content)
+    expected = recorded_tokenizer(checkpoint)
     if tokenizer_path is None and content is not None:
         inside = f"the tokenizer inside {path}"
         tokenizer, where = SentencePieceTokenizer.from_bytes(content, name=inside), inside
     else:
-        file = Path(tokenizer_path) if tokenizer_path is not None else _named_tokenizer(settings)
+        file = Path(tokenizer_path) if tokenizer_path is not None else _known_tokenizer(path, settings, expected)
         if not file.is_file():
             sha = f" (sha256 {expected})" if expected else ""
             raise FileNotFoundError(f"{path} needs its tokenizer{sha}, not found at {file}; name it with --tokenizer")
@@ -136,10 +144,14 @@ def _subword_tokenizer(
     return tokenizer
 
 
-def _named_tokenizer(settings: Settings | None) -> Path:
-    """The tokenizer file that the run's settings name, if it is here, else the default."""
+def _known_tokenizer(path: Path, settings: Settings | None, expected: str | None) -> Path:
+    """The first tokenizer file of the usual places that has the expected hash, else the first, else the default."""
     named = tokenizer_file(settings.tokenizer) if settings is not None else None
-    return named or Path(DEFAULT_TOKENIZER_PATH)
+    places = [named] if named else []
+    places += [path.with_name(TOKENIZER_BESIDE), Path(DEFAULT_TOKENIZER_PATH)]
+    found = [place for place in places if place.is_file()]
+    right = [place for place in found if expected is not None and files.sha256_file(place) == expected]
+    return (right or found or places[-1:])[0]
 
 
 def _check_vocabulary(tokenizer: Tokenizer, V: int) -> None:

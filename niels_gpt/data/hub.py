@@ -16,6 +16,15 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from niels_gpt.data import hub_cache
+from niels_gpt.data.hub_errors import (
+    HubError,
+    chain_of,
+    first_line,
+    huggingface_hub_for,
+    is_unreachable,
+    missing_package,
+    status_of,
+)
 
 Row = dict[str, Any]
 
@@ -30,10 +39,6 @@ _LEAVE_OUT = (
     "or leave the source out (data.mix_pretrain, data.mix_sft; for byte streams allow_missing_sources=True or "
     "required_sources=())"
 )
-
-
-class HubError(OSError):
-    """A dataset could not be read; the text is one line for people."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +140,14 @@ def forget() -> None:
 
 
 def _pin(dataset_id: str, revision: str | None) -> Pinned:
-    from_hub, moved = _huggingface_hub(dataset_id), MOVED.get(dataset_id, dataset_id)
+    from_hub, moved = huggingface_hub_for(dataset_id), MOVED.get(dataset_id, dataset_id)
     if "/" not in moved:
         raise HubError(f"{dataset_id}: a dataset of the hub is named owner/name; correct dataset_id in the settings")
     try:
         found = from_hub.HfApi().dataset_info(moved, revision=revision, timeout=from_hub.constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:
         cache = from_hub.constants.HF_HUB_CACHE
-        down = _unreachable(error) or _status(error) >= 500
+        down = is_unreachable(error) or status_of(error) >= 500
         commit = hub_cache.noted_commit(cache, moved, revision) if down else None
         if commit is None:
             _explain(error, _Asked(dataset_id, Pinned(moved, revision or "main", False)))
@@ -164,7 +169,7 @@ def _remember(from_hub: ModuleType, dataset_id: str, revision: str | None) -> No
 @contextmanager
 def _asking_only_if(reached: bool, datasets: ModuleType) -> Iterator[None]:
     """Keep the libraries from trying for half a minute what has just failed; they read their caches at once instead."""
-    constants = _huggingface_hub("").constants
+    constants = huggingface_hub_for("").constants
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     if not reached:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
@@ -185,7 +190,7 @@ def _check_commit(asked: _Asked, file: Path) -> None:
 
 def _check_download(asked: _Asked, datasets: ModuleType) -> None:
     """Refuse, and remove, files whose hash is not that of the hub."""
-    cache, pinned = _huggingface_hub(asked.named).constants.HF_HUB_CACHE, asked.pinned
+    cache, pinned = huggingface_hub_for(asked.named).constants.HF_HUB_CACHE, asked.pinned
     if damaged := hub_cache.remove_damaged(cache, pinned.dataset_id, pinned.commit):
         hub_cache.remove_prepared(datasets.config.HF_DATASETS_CACHE, pinned.commit)
         raise HubError(
@@ -196,7 +201,7 @@ def _check_download(asked: _Asked, datasets: ModuleType) -> None:
 
 def _explain(error: Exception, asked: _Asked) -> NoReturn:
     """Raise `error` again as one line that says what to do."""
-    chain = list(_chain(error))
+    chain = list(chain_of(error))
     full = next((e for e in chain if isinstance(e, OSError) and e.errno == errno.ENOSPC), None)
     if full is not None:
         raise full
@@ -204,10 +209,10 @@ def _explain(error: Exception, asked: _Asked) -> NoReturn:
 
 
 def _problem(chain: list[BaseException], asked: _Asked) -> str:
-    pinned, status = asked.pinned, _status(chain[0])
+    pinned, status = asked.pinned, status_of(chain[0])
     kinds = {kind.__name__ for error in chain for kind in type(error).__mro__}
     texts = " | ".join(str(error) for error in chain)
-    if not pinned.reached and _unreachable(chain[0]):
+    if not pinned.reached and is_unreachable(chain[0]):
         return _out_of_reach(asked)
     if "RevisionNotFoundError" in kinds or "Revision '" in texts:
         return f"the hub has no revision {pinned.commit!r} of it (any more); correct or unset revision in the settings"
@@ -216,7 +221,7 @@ def _problem(chain: list[BaseException], asked: _Asked) -> str:
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"} or status in (401, 404):
         return f"the hub has no public dataset {pinned.dataset_id}; check its dataset_id, or log in with: hf auth login"
     if "Unknown split" in texts or "BuilderConfig" in texts or "Bad split" in texts:
-        return f"no such split or configuration ({_first_line(chain[0])}); correct them in the settings"
+        return f"no such split or configuration ({first_line(chain[0])}); correct them in the settings"
     if status == 429:
         return "the hub asks for fewer requests (429); wait some minutes and try again, or log in with: hf auth login"
     if status >= 500:
@@ -228,19 +233,19 @@ def _problem(chain: list[BaseException], asked: _Asked) -> str:
         )
     if "Consistency check failed" in texts or kinds & {"RemoteProtocolError", "ReadError", "IncompleteRead"}:
         return "the download broke off before its end; try again (what is downloaded is kept)"
-    if _unreachable(chain[0]):
-        endpoint = _huggingface_hub(asked.named).constants.ENDPOINT
+    if is_unreachable(chain[0]):
+        endpoint = huggingface_hub_for(asked.named).constants.ENDPOINT
         return f"the Hugging Face hub cannot be reached any more at {endpoint}; check the connection and try again"
     if kinds & {"ArrowInvalid", "ArrowException", "DatasetGenerationError", "JSONDecodeError"}:
         return (
-            f"a file of its {asked.split} split cannot be read ({_first_line(chain[-1])}); "
+            f"a file of its {asked.split} split cannot be read ({first_line(chain[-1])}); "
             "try again, or set revision to an older commit of it"
         )
-    return f"it cannot be read: {type(chain[0]).__name__}: {_first_line(chain[0])}"
+    return f"it cannot be read: {type(chain[0]).__name__}: {first_line(chain[0])}"
 
 
 def _out_of_reach(asked: _Asked) -> str:
-    constants = _huggingface_hub(asked.named).constants
+    constants = huggingface_hub_for(asked.named).constants
     missing = f"it is not in the Hugging Face cache ({constants.HF_HOME})"
     why = "it is read as a stream, which is never kept" if asked.streaming else missing
     if constants.is_offline_mode():
@@ -250,46 +255,13 @@ def _out_of_reach(asked: _Asked) -> str:
     )
 
 
-def _status(error: BaseException) -> int:
-    """The HTTP status that an error is about, 0 if none."""
-    found = (getattr(getattr(e, "response", None), "status_code", None) for e in _chain(error))
-    return next((status for status in found if status), 0)
-
-
-def _unreachable(error: BaseException) -> bool:
-    names = {"OfflineModeIsEnabled", "ConnectError", "TransportError", "TimeoutException", "ConnectionError"}
-    return any(kind.__name__ in names for e in _chain(error) for kind in type(e).__mro__)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _huggingface_hub(dataset_id: str) -> ModuleType:
-    try:
-        import huggingface_hub
-        import huggingface_hub.constants  # not loaded by the line above
-    except ImportError as error:
-        raise HubError(_missing(dataset_id, error)) from error
-    return huggingface_hub
-
-
 def _datasets(dataset_id: str) -> ModuleType:
     """The library, imported only here since it takes a second, with waits that end, and bars for terminals only."""
     try:
         import datasets
         import huggingface_hub.utils
     except ImportError as error:
-        raise HubError(_missing(dataset_id, error)) from error
+        raise HubError(missing_package(dataset_id, error)) from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
@@ -299,11 +271,6 @@ def _datasets(dataset_id: str) -> ModuleType:
     datasets.config.STREAMING_OPEN_RETRY_INTERVAL = STREAM_RETRY_SECONDS
     datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = STREAM_RETRY_SECONDS
     return datasets
-
-
-def _missing(dataset_id: str, error: ImportError) -> str:
-    name = error.name or "datasets"
-    return f"{dataset_id}: reading it needs the package {name}; install it with: pip install datasets"
 
 
 def _warn(text: str) -> None:

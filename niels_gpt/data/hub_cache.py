@@ -40,7 +40,7 @@ def remove_damaged(hub_cache: str | Path, dataset_id: str, commit: str) -> list[
     snapshot = folder_of(hub_cache, dataset_id) / "snapshots" / commit
     damaged = []
     for path in sorted(snapshot.rglob("*")):
-        if path.is_symlink() and path.is_file() and not _is_sound(path.resolve()):
+        if path.is_symlink() and path.is_file() and not has_hash(path.resolve(), path.resolve().name):
             damaged.append(path.relative_to(snapshot).as_posix())
             path.resolve().unlink()
             path.unlink()
@@ -53,10 +53,11 @@ def remove_prepared(datasets_cache: str | Path, commit: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_sound(blob: Path) -> bool:
-    if _SHA256.fullmatch(blob.name):
-        return sha256_file(blob) == blob.name
-    if _SHA1.fullmatch(blob.name):
-        content = blob.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == blob.name
-    return True  # named by another rule: nothing to check it against
+def has_hash(path: Path, digest: str) -> bool:
+    """Whether a file is what the hub's hash of it says; True for a hash of another kind, which says nothing."""
+    if _SHA256.fullmatch(digest):
+        return sha256_file(path) == digest
+    if _SHA1.fullmatch(digest):
+        content = path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == digest
+    return True

@@ -37,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
         several = "; several make several files" if kind == "gguf" else ""
         count = "+" if kind == "gguf" else 1
         add("--dtype", nargs=count, choices=dtypes, default=["f32"], help=f"of the weights (default: f32){several}")
+        if kind == "gguf":
+            add("--approximate-gelu", action="store_true", help="byte models: accept llama.cpp's approximation of GELU")
     return parser
 
 
@@ -57,7 +59,14 @@ def main(argv: list[str] | None = None) -> int:
                 lines = export_hf(loaded, args.out, args.dtype[0], overwrite=args.overwrite, say=status.update)
             else:
                 dtypes = list(dict.fromkeys(args.dtype))
-                lines = export_gguf(loaded, args.out, dtypes, overwrite=args.overwrite, say=status.update)
+                lines = export_gguf(
+                    loaded,
+                    args.out,
+                    dtypes,
+                    overwrite=args.overwrite,
+                    approximate_gelu=args.approximate_gelu,
+                    say=status.update,
+                )
     except (ValueError, OSError) as error:
         print(f"error: {files.explained(error)}", file=sys.stderr)
         return 1

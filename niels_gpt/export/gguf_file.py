@@ -54,6 +54,15 @@ def write_gguf(loaded: LoadedModel, path: Path, dtype: str) -> None:
     writer.close()
 
 
+def check_exact(arch: Architecture) -> None:
+    """ValueError if llama.cpp does not compute this architecture as it was trained."""
+    if names.architecture_for(arch) == names.NEOX:
+        raise ValueError(
+            "llama.cpp computes GELU by a 16-bit tanh approximation, not exactly as this model was trained: its logits"
+            " would differ by some thousandths. Export to hf, or pass --approximate-gelu to have the files all the same"
+        )
+
+
 def _add_shape(writer: Any, cfg: ModelConfig, arch: Architecture, dtype: str, loaded: LoadedModel) -> None:
     writer.add_name(loaded.checkpoint_path.stem)
     writer.add_file_type(_FILE_TYPES[dtype])

@@ -20,7 +20,7 @@ from niels_gpt.tokenizer import SentencePieceTokenizer, Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # token types of GGUF
 _TYPES = {"normal": NORMAL, "unknown": UNKNOWN, "control": CONTROL, "unused": UNUSED, "byte": BYTE}
-_NEVER = "\u0100 \u0101"  # a merge of two bytes that no UTF-8 text has in a row; llama.cpp wants a list of merges
+_NEVER = "\u00fe \u00ff"  # merges the bytes FE and FF, which no UTF-8 text has; llama.cpp wants a list of merges
 _LAST = 0xFF  # a byte that no UTF-8 text has: byte models end nowhere, llama.cpp wants an end
 
 

@@ -24,6 +24,7 @@ from niels_gpt.model.gpt import GPT
 from niels_gpt.tokenizer import SentencePieceTokenizer
 
 Json = dict[str, Any]
+_COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _PLAIN = Architecture(norm_type="rmsnorm", mlp_type="swiglu", mlp_bias=False, qk_norm=False)
 
 
@@ -66,6 +67,9 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
     kind = config.get("model_type")
     if kind not in (names.LLAMA, names.QWEN3, names.NEOX):
         return [f"model_type {kind!r} is not supported (llama, qwen3 and gpt_neox are)"]
+    counts = ("vocab_size", "max_position_embeddings", *_COUNTS)
+    if wrong := [name for name in counts if not isinstance(config.get(name), int) or config[name] < 1]:
+        return [f"its config.json has no whole number for {', '.join(wrong)}"]
     rope = _rope(config)
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     wanted: list[tuple[str, Any, Any]] = [

@@ -33,8 +33,15 @@ def export_hf(loaded: LoadedModel, out: Path, dtype: str, *, overwrite: bool, sa
     return [f"logits within {worst:.1g} of the model's; token ids and chat template equal"]
 
 
-def export_gguf(loaded: LoadedModel, out: Path, dtypes: Sequence[str], *, overwrite: bool, say: Say) -> list[str]:
-    """Make the folder `out` of one GGUF file per dtype and a Modelfile; returns and raises like `export_hf`."""
+def export_gguf(
+    loaded: LoadedModel, out: Path, dtypes: Sequence[str], *, overwrite: bool, approximate_gelu: bool, say: Say
+) -> list[str]:
+    """Make the folder `out` of one GGUF file per dtype and a Modelfile; returns and raises like `export_hf`.
+
+    approximate_gelu: accept that llama.cpp computes the GELU of byte models approximately.
+    """
+    if not approximate_gelu:
+        gguf_file.check_exact(loaded.model.arch)
     lines, facts = [], {}
     with _publishing(out, overwrite) as folder, quiet_transformers():
         for dtype in dtypes:
@@ -57,11 +64,12 @@ def _llama_cpp_says(folder: Path, loaded: LoadedModel, dtypes: Sequence[str], sa
     python = native.python_with_llama_cpp()
     if python is None:
         return "llama-cpp-python is not installed here: the files were read back, but not by llama.cpp itself"
-    if "f32" not in dtypes:
-        return "llama.cpp itself was not asked: only an f32 file can be compared with the model number by number"
     say("asking llama.cpp")
+    if "f32" not in dtypes:
+        native.compare(python, folder / _file_name(dtypes[0]), loaded, rows=0)
+        return "llama.cpp itself: token ids and chats equal (logits are compared in an f32 file only)"
     worst = native.compare(python, folder / _file_name("f32"), loaded)
-    return f"llama.cpp itself: token ids and chats equal, logits within {worst:.2g}"
+    return f"llama.cpp itself: token ids and chats equal, logits within {worst:.1g} of the model's"
 
 
 def _file_name(dtype: str) -> str:

@@ -63,4 +63,4 @@ def ollama_token_template() -> str:
 
 def ollama_text_template() -> str:
     """Go template of Ollama for byte models."""
-    return '{{- range .Messages }}{{ .Role }}: {{ .Content }}{{ "\\n" }}{{- end }}assistant: '
+    return '{{- range .Messages }}{{ .Role }}: {{ .Content }}{{ "\\n" }}{{- end }}{{ "assistant: " }}'

@@ -12,8 +12,8 @@ from torch import Tensor
 from niels_gpt.chat_format import TextChat, TokenChat
 from niels_gpt.checkpoint import LoadedModel
 from niels_gpt.data.types import Message
-from niels_gpt.export import samples
-from niels_gpt.export.hf import DTYPES, rounded
+from niels_gpt.export import names, samples
+from niels_gpt.export.hf import DTYPES, rounded, tokenizer_parts
 from niels_gpt.export.needs import needed
 from niels_gpt.model.gpt import GPT
 from niels_gpt.tokenizer import Tokenizer
@@ -39,7 +39,18 @@ def verify_hf(folder: Path, loaded: LoadedModel, dtype: str) -> float:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
-    return same_logits(as_stored(loaded, dtype), lambda ids: model(ids).logits)
+    worst = same_logits(as_stored(loaded, dtype), lambda ids: model(ids).logits)
+    _same_files(folder, loaded, dtype)
+    return worst
+
+
+def _same_files(folder: Path, loaded: LoadedModel, dtype: str) -> None:
+    """What samples may not touch: every weight, and every piece and merge, as they were meant to be written."""
+    expected = rounded(names.to_hf(loaded.model.state_dict(), loaded.model.cfg, loaded.model.arch), DTYPES[dtype])
+    same_weights(needed("safetensors.torch").load_file(folder / "model.safetensors"), expected)
+    content = tokenizer_parts(loaded.tokenizer, loaded.model.cfg.T)[0]
+    if (folder / "tokenizer.json").read_text(encoding="utf-8") != content:
+        raise ValueError("the export's tokenizer.json is not what was written")
 
 
 def as_stored(loaded: LoadedModel, dtype: str) -> GPT:

@@ -14,7 +14,7 @@ from niels_gpt.checkpoint import LoadedModel
 from niels_gpt.config import Architecture, ModelConfig
 from niels_gpt.export import names, samples
 from niels_gpt.export.gguf_file import ARCHITECTURES, from_gguf, to_gguf
-from niels_gpt.export.gguf_vocab import GgufVocab, LlamaCppReader, as_llama_cpp_reads
+from niels_gpt.export.gguf_vocab import GgufVocab, LlamaCppReader, as_llama_cpp_reads, vocab_of
 from niels_gpt.export.hf import hf_config
 from niels_gpt.export.needs import needed
 from niels_gpt.export.verify import same_chats, same_ids, same_logits
@@ -119,7 +119,8 @@ def _transformers_twin(state: names.State, cfg: ModelConfig, arch: Architecture)
 
 
 def _same_tokens(fields: Json, loaded: LoadedModel) -> None:
-    reader = LlamaCppReader(vocab_in(fields))
+    vocab = vocab_in(fields)
+    reader = LlamaCppReader(vocab)
     render = renderer(fields["tokenizer.chat_template"])
     texts = gguf_texts(loaded)
     same_ids(loaded.tokenizer, texts, reader.encode)
@@ -127,6 +128,8 @@ def _same_tokens(fields: Json, loaded: LoadedModel) -> None:
     same_chats(loaded, chats, lambda messages, reply: reader.encode(render(messages, reply), parse_special=True))
     if loaded.tokenizer.eot_id is not None:
         _no_forgery(reader, render, loaded)
+    if vocab != vocab_of(loaded.tokenizer, loaded.model.cfg.V):  # what samples may not touch
+        raise ValueError("the file's vocabulary is not what was written")
 
 
 def _texts(loaded: LoadedModel) -> list[str]:

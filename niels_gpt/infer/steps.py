@@ -12,7 +12,7 @@ context, and a full forward pass per token, as without a cache. Until the contex
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,11 +57,15 @@ class Request:
 
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards the mode of before, whatever happened."""
+    """Evaluation mode inside the block; afterwards the mode of before, whatever happened.
+
+    Blocks that are compiled for training run as they are meanwhile: every new shape would be compiled anew.
+    """
     was_training = model.training
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if getattr(model, "compiled", False) else nullcontext():
+            yield
     finally:
         model.train(was_training)
 

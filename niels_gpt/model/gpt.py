@@ -62,6 +62,7 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.arch = cfg, arch
         self.activation_checkpointing = False
+        self.compiled = False  # the blocks are, for training; evaluation and generation run them as they are
         self.tok_emb = nn.Embedding(cfg.V, cfg.C)
         self.drop = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, arch) for _ in range(cfg.L))
@@ -84,8 +85,15 @@ class GPT(nn.Module):
         All blocks are one program, compiled once (docs/log.md has the seconds), where compiling the whole model unrolls
         them. The cross-entropy and attention in blocks stay as they are: they are written out already.
         """
+        self.compiled = True
         for block in self.blocks:
             block.compile(backend=backend)
+
+    def leave_blocks_eager(self) -> None:
+        """Undo `compile_blocks`."""
+        self.compiled = False
+        for block in self.blocks:
+            block._compiled_call_impl = None
 
     @property
     def num_parameters(self) -> int:

@@ -89,6 +89,8 @@ class PhaseSettings(Section):
     amp_dtype: Literal["fp16", "bf16", "fp32"] = knob("fp16", "16-bit type when amp is true")
     activation_checkpointing: bool = knob(False, "recompute activations in the backward pass to save memory")
     compile: bool = knob(False, "compile the model with torch.compile")
+    parallel: Literal["ddp", "fsdp"] = knob("ddp", "under torchrun: ddp copies the model, fsdp shards it")
+    silence_s: float = knob(10.0, "under torchrun: seconds without a sign of life that end the job", ge=3, le=86400)
     save_best: bool = knob(True, "keep best.pt")
     best_metric: Metric = knob("pretrain_val_loss", "what best.pt minimises")
     best_metric_weights: MetricWeights | None = knob(None, "weight of each loss when best_metric is weighted")
@@ -175,6 +177,9 @@ class BenchmarkSettings(Section):
 class ReproducibilitySettings(Section):
     torch_num_threads: int | None = knob(None, "CPU threads of PyTorch; null = its own choice", ge=1, le=4096)
     torch_matmul_precision: MatmulPrecision | None = knob(None, "float32 matmul precision; null = PyTorch's default")
+    deterministic: bool = knob(
+        False, "only kernels that repeat to the bit: on GPUs, for a resumed run that is exact, and slower"
+    )
     dataset_shuffle_buffer_size: int = knob(
         10000, "documents in the shuffle buffer of a streamed source", ge=1, le=MANY
     )

@@ -8,6 +8,7 @@ from collections import deque
 
 from niels_gpt.lr_schedule import lr_at_step
 from niels_gpt.settings import PhaseSettings
+from niels_gpt.train.distributed import World
 
 FORWARD_SHARE = 0.5  # an evaluated row costs at most this much of a trained one, until an evaluation has been timed
 SAVE_BYTES_PER_SECOND = 100e6  # of a checkpoint, until a save has been timed: a slow disk
@@ -49,11 +50,18 @@ class Budget:
         self._evaluation_in_steps = evaluation_in_steps * FORWARD_SHARE
         self._evaluation: float | None = None
         self._save = save_bytes / SAVE_BYTES_PER_SECOND
+        self._agreed: tuple[float, float, float] | None = None  # seconds left, reserve, evaluation_seconds
 
     @property
     def elapsed(self) -> float:
         """Seconds this run has used, earlier sessions included."""
         return time.perf_counter() - self._started
+
+    def agree(self, world: World) -> None:
+        """Let all processes of a run go by the main one's clock until they agree again."""
+        if self.seconds is not None and world.size > 1:
+            self._agreed = None
+            self._agreed = world.from_main(lambda: (self._left(), self.reserve, self.evaluation_seconds))
 
     def note_step(self, seconds: float) -> None:
         if self._warm:
@@ -69,7 +77,14 @@ class Budget:
     @property
     def evaluation_seconds(self) -> float:
         """What an evaluation takes: the longest so far, or an estimate from the steps."""
+        if self._agreed is not None:
+            return self._agreed[2]
         return self._step * self._evaluation_in_steps if self._evaluation is None else self._evaluation
+
+    @property
+    def evaluation_is_estimated(self) -> bool:
+        """Whether time is kept back for an evaluation without knowing how much it takes."""
+        return self.seconds is not None and not self._over and self._evaluation is None
 
     @property
     def _step(self) -> float:
@@ -78,12 +93,16 @@ class Budget:
     @property
     def reserve(self) -> float:
         """Seconds kept back for the step that is running, the last evaluation and the last save."""
+        if self._agreed is not None:
+            return self._agreed[1]
         needed = self._step + MARGIN * (self.evaluation_seconds + self._save)
         return needed if self.seconds is None else min(needed, LARGEST_RESERVE * self.seconds)
 
     def _left(self) -> float:
         """Seconds until the time budget is used up."""
         assert self.seconds is not None
+        if self._agreed is not None:
+            return self._agreed[0]
         return self.seconds - self.elapsed if self.deadline is None else self.deadline - time.time()
 
     def has_room_for_evaluation(self) -> bool:

@@ -39,7 +39,7 @@ class Curve:
             return
         self.points.append(_mean(self._open))
         self._open = []
-        if len(self.points) > MOST_POINTS:
+        if len(self.points) == MOST_POINTS:
             self.points = [_mean(self.points[i : i + 2]) for i in range(0, len(self.points), 2)]
             self._each *= 2
 

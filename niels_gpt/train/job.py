@@ -11,6 +11,7 @@ from niels_gpt.batching import Batch
 from niels_gpt.eval import EvalResult
 from niels_gpt.model.gpt import GPT
 from niels_gpt.settings import PhaseSettings, ResolvedSettings
+from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.sample import Sample
 
 
@@ -24,6 +25,7 @@ class Job:
     evals: Mapping[str, Callable[[], Iterable[Batch]]]  # name, such as "wikitext" -> the same batches every time
     metric: Callable[[Mapping[str, EvalResult]], float]  # what best.pt minimises
     tokenizer_model: bytes | None = None  # goes into every checkpoint, so that one file can chat
+    world: World = ALONE  # the processes that share the work
     data: Mapping[str, object] = field(default_factory=dict)  # fingerprint of what is learnt from
     byte_lengths: np.ndarray | None = None  # UTF-8 bytes of each id, for bits per byte
     sample: Callable[[GPT], Sample | None] | None = None  # a text of the model as it is now

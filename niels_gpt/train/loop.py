@@ -22,7 +22,10 @@ from niels_gpt.rng import seed_for
 from niels_gpt.train.budget import Budget
 from niels_gpt.train.evaluation import Evaluation
 from niels_gpt.train.job import Job
+from niels_gpt.train.parallel import load_weights, whole_model
+from niels_gpt.train.pulse import watching
 from niels_gpt.train.report import Reporter, StepReport
+from niels_gpt.train.sample import Sample
 from niels_gpt.train.saving import Origin, Saver
 from niels_gpt.train.signals import StopRequest, catching_signals
 from niels_gpt.train.start import eval_shape
@@ -39,12 +42,12 @@ MOMENTS = 3  # a checkpoint holds about so many numbers for every weight
 
 
 class Loop:
-    """One phase of one run on one process."""
+    """One phase of one run on one process, alone or among the others of `job.world`."""
 
     def __init__(self, job: Job, *, device: str, reporter: Reporter, resume: Path | None, init: Path | None) -> None:
         """resume: checkpoint to go on from. init: checkpoint whose weights start a fresh run."""
         self.job, self.device, self.reporter = job, device, reporter
-        self.options = job.options
+        self.options, self.world = job.options, job.world
         self.model, loaded = self._model_of(resume or init)
         self.model.to(device).train()
         self.model.activation_checkpointing = self.options.activation_checkpointing
@@ -60,7 +63,8 @@ class Loop:
         elif loaded is not None and init is not None:
             self.saver.origin = Origin.of(init, loaded)
         self.budget = self._budget(spent)
-        self.stop = StopRequest()
+        self.stop = StopRequest()  # what all processes have agreed on
+        self._heard = StopRequest()  # what this one has been told
         self.recent: deque[float] = deque(maxlen=LOSS_WINDOW)
         self.last_evals: dict[str, EvalResult] = {}
         self._evaluated_now: int | None = None  # step of the last evaluation of this session
@@ -72,7 +76,7 @@ class Loop:
         model = GPT(self.job.resolved.model_cfg, self.job.resolved.arch)
         if source is None:
             return model, None
-        loaded = ckpt.load_checkpoint(source, device="cpu")
+        loaded = self.world.from_main(lambda: ckpt.load_checkpoint(source, device="cpu"))
         ckpt.validate_model_config_match(loaded["model_cfg"], self.job.resolved.model_cfg)
         model.load_state_dict(ckpt.build_model(loaded).state_dict())
         return model, loaded
@@ -100,10 +104,10 @@ class Loop:
     def run(self) -> TrainResult:
         """Train to the end of the budget. Raises Interrupted after a signal, ValueError/OSError if it cannot go on."""
         self.reporter.start(self)
-        with catching_signals() as self.stop:
+        with catching_signals() as self._heard, watching(self.world, self.options.silence_s):
             if self.state.step % self.options.eval_every == 0 and self.state.evaluated_step != self.state.step:
                 self._after_step()  # a signal came before the evaluation that was due
-            while not self.stop and not self.budget.done(self.state.step):
+            while not self._stopping() and not self._is_over():
                 self._one_step()
             self._finish()
         return TrainResult(
@@ -113,6 +117,27 @@ class Loop:
             ckpt.phase_paths(self.job.phase).latest,
             ckpt.phase_paths(self.job.phase).best,
         )
+
+    def _is_over(self) -> bool:
+        over = self._done()
+        if not over or not self.budget.evaluation_is_estimated:
+            return over
+        if self.evaluate():
+            self._save(is_best=True, on_schedule=True)
+        return self._done()  # the evaluation may have been shorter than the time kept back for it
+
+    def _stopping(self) -> bool:
+        """Whether a signal has reached one of the processes."""
+        self.stop.signum = self.stop.signum or self.world.largest(self._heard.signum)
+        return bool(self.stop)
+
+    def _done(self) -> bool:
+        self.budget.agree(self.world)
+        return self.budget.done(self.state.step)
+
+    def _has_room_for_evaluation(self) -> bool:
+        self.budget.agree(self.world)
+        return self.budget.has_room_for_evaluation()
 
     def _one_step(self) -> None:
         state, options = self.state, self.options
@@ -165,7 +190,7 @@ class Loop:
     def _after_step(self) -> None:
         """Evaluate and save if it is time to."""
         state, options = self.state, self.options
-        due = state.step % options.eval_every == 0 and self.budget.has_room_for_evaluation()
+        due = state.step % options.eval_every == 0 and self._has_room_for_evaluation()
         is_best = due and self.evaluate()
         if is_best or state.step % options.ckpt_every == 0:
             self._save(is_best, on_schedule=True)
@@ -179,10 +204,11 @@ class Loop:
                 f" learning rates; lower training.{phase}.base_lr or switch amp off, look at the data, and start anew"
                 " (the last checkpoint is sound)"
             )
-        source, is_of_run = self.saver.rollback_point(now)
+        source, is_of_run = self.world.from_main(lambda: self.saver.rollback_point(now))
         model, loaded = self._model_of(source)
-        self.model.load_state_dict(model.state_dict())
+        load_weights(self.model, model)
         self.stepper.reset_optimizer()
+        self.saver.saved_step = -1
         self.state = self.saver.restore(loaded, quiet=True)[0] if loaded is not None and is_of_run else RunState()
         self.state.lr_factor = now.lr_factor * ROLLBACK_FACTOR
         self.state.rollbacks, self.state.failed_step = now.rollbacks + 1, now.step
@@ -203,12 +229,16 @@ class Loop:
 
     def _evaluate(self) -> bool:
         began = time.perf_counter()
-        found = self.evaluation.measure(self.stop)
+        found = self.evaluation.measure(self._heard)
         if found is None:
+            self._stopping()
             return False
         self.last_evals, self._evaluated_now = found, self.state.step
-        sample = self.job.sample(self.model) if self.job.sample is not None else None
+        sample = self._sample()
         metric = self.job.metric(found) if found else math.nan
+        if not math.isfinite(metric):
+            name = self.options.best_metric
+            self.reporter.warn(f"step {self.state.step}: {name} is no finite number, so this is not the best")
         best = self.state.best_val_loss
         improved = math.isfinite(metric) and (best is None or metric < best)
         self._best_before = (best, self.state.best_step)
@@ -218,6 +248,13 @@ class Loop:
         self.reporter.evaluated(self.state.step, self.last_evals, metric, improved, sample)
         self.budget.note_evaluation(time.perf_counter() - began)
         return improved and self.options.save_best
+
+    def _sample(self) -> Sample | None:
+        """What the model says; on the main process only."""
+        if self.job.sample is None:
+            return None
+        model = whole_model(self.model, self.world)
+        return None if model is None else self.job.sample(model)
 
     def _finish(self) -> None:
         """Last evaluation and save, unless the last step just did both; after a signal, only the save."""
@@ -258,5 +295,7 @@ def train(
     job: Job, *, device: str, reporter: Reporter, resume: Path | None = None, init: Path | None = None
 ) -> TrainResult:
     """Run one phase: fresh, from another model's weights (`init`), or on from its own checkpoint (`resume`)."""
-    ckpt.prepare_phase(job.phase)
+    job.world.on_main(lambda: ckpt.prepare_phase(job.phase))
+    settings = job.resolved.settings.model_dump(mode="json")
+    job.world.check_same(settings=settings, data=dict(job.data), torch=str(torch.__version__), device=device)
     return Loop(job, device=device, reporter=reporter, resume=resume, init=init).run()

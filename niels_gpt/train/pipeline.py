@@ -9,6 +9,7 @@ from typing import Any
 from niels_gpt import checkpoint as ckpt
 from niels_gpt import files
 from niels_gpt.settings import resolve_settings
+from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.saving import Origin
 from niels_gpt.train.sft import run_sft
@@ -38,6 +39,7 @@ def run_pipeline(
     resume_path: str | Path | None = None,
     no_auto_resume: bool = False,
     limit: TimeLimit | None = None,
+    world: World = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """Pretrain and fine-tune; what was interrupted goes on where it was. Returns what each phase returns.
 
@@ -45,25 +47,27 @@ def run_pipeline(
     starts afresh. `resume_path` and `no_auto_resume` are about pretraining; both make fine-tuning start afresh.
     """
     pretrain_config, sft_config = pipeline_configs(config)
-    limits = shares(limit or TimeLimit(), pretrain_config)
+    limits = world.from_main(lambda: shares(limit or TimeLimit(), pretrain_config))
     afresh = no_auto_resume or resume_path is not None
     done: dict[str, dict[str, Any]] = {}
-    if afresh or not sft_is_under_way():
+    if afresh or not world.from_main(sft_is_under_way):
         done["pretrain"] = run_pretrain(
             pretrain_config,
             device=device,
             resume_path=resume_path,
             no_auto_resume=no_auto_resume,
             limit=limits["pretrain"],
+            world=world,
         )
-    source = pretrained_model()
-    under_way = not afresh and sft_is_under_way()
+    source = world.from_main(pretrained_model)
+    under_way = not afresh and world.from_main(sft_is_under_way)
     done["sft"] = run_sft(
         sft_config,
         device=device,
         no_auto_resume=not under_way,
         init_model_path=source,
-        limit=_what_is_left(limit or TimeLimit(), limits["sft"]),
+        limit=world.from_main(lambda: _what_is_left(limit or TimeLimit(), limits["sft"])),
+        world=world,
     )
     return done
 

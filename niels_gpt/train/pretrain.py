@@ -11,9 +11,10 @@ from niels_gpt.epochs import TextRows
 from niels_gpt.eval import token_byte_lengths
 from niels_gpt.mixes import open_mixes, text_hashes
 from niels_gpt.rng import generator_for
+from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
-from niels_gpt.train.report import Reporter
+from niels_gpt.train.report import reporter_for
 from niels_gpt.train.sample import sampler_for
 from niels_gpt.train.start import Overrides, Start, TimeLimit, eval_shape, fingerprint, start_phase, weighted_metric
 
@@ -28,6 +29,7 @@ def run_pretrain(
     no_auto_resume: bool = False,
     limit: TimeLimit | None = None,
     quiet: bool = False,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Train a model from scratch, or on from its newest checkpoint.
 
@@ -35,10 +37,10 @@ def run_pretrain(
     latest_path, best_path.
     """
     start = start_phase(
-        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit
+        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit, world=world
     )
     job = pretrain_job(start)
-    reporter = Reporter(PHASE, start.resolved.run_id, quiet=quiet)
+    reporter = reporter_for(start.world, PHASE, start.resolved.run_id, quiet=quiet)
     if start.resume is not None:
         reporter.say(f"resumed from {start.resume}")
     try:
@@ -74,6 +76,7 @@ def pretrain_job(start: Start) -> Job:
             options, {"pretrain_val_loss": evals.get(settings.data.val_pretrain_source)}
         ),
         tokenizer_model=start.tokenizer_model,
+        world=start.world,
         byte_lengths=token_byte_lengths(start.tokenizer),
         sample=sampler_for(PHASE, settings, start.tokenizer),
         data=fingerprint(settings.data.caches.pretrain_token_cache, streams)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -20,6 +20,7 @@ from niels_gpt.train.bar import Bar
 from niels_gpt.train.board import Board, open_board
 from niels_gpt.train.chart import Chart
 from niels_gpt.train.clock import PhaseClock, time_table
+from niels_gpt.train.distributed import World
 from niels_gpt.train.metrics import MetricsFile
 from niels_gpt.train.mfu import matmul_peak, training_flops
 from niels_gpt.train.sample import Sample
@@ -119,7 +120,7 @@ class Reporter:
             f"accum_steps={options.accum_steps}, effective_batch={effective}, params={loop.model.num_parameters:,}"
         )
         peak, per_token = matmul_peak(precision), training_flops(loop.model)
-        self._mfu_of_rate = per_token / peak
+        self._mfu_of_rate = per_token / (peak * loop.world.size)
         where = f"{precision.name}, {torch.get_num_threads()} threads" if loop.device == "cpu" else precision.name
         self.say(
             f"{self.phase}: {per_token / 1e6:,.1f} MFLOP per token; matrix products reach {peak / 1e9:,.0f} GFLOP/s "
@@ -281,6 +282,24 @@ class Reporter:
             self._bar = None
         self._close_files()
         self.metrics.close()
+
+
+class NoReporter:
+    """The reporter of a run's other processes: it takes whatever it is told and keeps it to itself."""
+
+    def __init__(self) -> None:
+        self.clock = PhaseClock()
+
+    def saving(self, step: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def reporter_for(world: World, phase: str, run_id: str, *, quiet: bool = False) -> Reporter:
+    """A reporter for the main process of a run; the others get a mute one."""
+    return Reporter(phase, run_id, quiet=quiet) if world.is_main else cast(Reporter, NoReporter())
 
 
 def one_line(text: str) -> str:

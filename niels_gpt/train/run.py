@@ -21,6 +21,7 @@ from typing import Any
 from niels_gpt import files, paths
 from niels_gpt.device import resolve_device
 from niels_gpt.settings import resolve_settings
+from niels_gpt.train.distributed import ALONE, MainFailed, World, joined
 from niels_gpt.train.loop import Interrupted
 from niels_gpt.train.pipeline import pipeline_configs, run_pipeline, shares
 from niels_gpt.train.pretrain import run_pretrain
@@ -43,17 +44,30 @@ def main(argv: list[str] | None = None) -> int:
         with leaving_on_signals():
             config = Path(args.config) if args.config is not None else profile_path(args.profile)
             device = resolve_device(args.device)
-            print(f"using device: {device}", file=sys.stderr if args.print_config else sys.stdout)
             if args.print_config:
+                print(f"using device: {device}", file=sys.stderr)
                 print(json.dumps(resolved_configs(args.phase, config, limit), indent=2, sort_keys=True))
                 return 0
-            run_phase(args.phase, config, device=device, resume=args.resume, no_resume=args.no_resume, limit=limit)
+            with joined(device) as world:
+                if world.is_main:
+                    print(f"using device: {device}")
+                run_phase(
+                    args.phase,
+                    config,
+                    device=device,
+                    resume=args.resume,
+                    no_resume=args.no_resume,
+                    limit=world.from_main(lambda: limit),
+                    world=world,
+                )
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
     except BrokenPipeError:
         files.discard_output()
         print("the output was closed, so training stopped; the same command goes on", file=sys.stderr)
+        return 1
+    except MainFailed:  # the main process says why
         return 1
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         print(f"error: {files.explained(error)}", file=sys.stderr)
@@ -133,10 +147,23 @@ def resolved_configs(phase: str, config: Path, limit: TimeLimit) -> dict[str, An
 
 
 def run_phase(
-    phase: str, config: Path, *, device: str, resume: str | None, no_resume: bool, limit: TimeLimit | None = None
+    phase: str,
+    config: Path,
+    *,
+    device: str,
+    resume: str | None,
+    no_resume: bool,
+    limit: TimeLimit | None = None,
+    world: World = ALONE,
 ) -> None:
     """Run one phase, or pretraining and then fine-tuning from its best checkpoint."""
-    options: dict[str, Any] = {"device": device, "resume_path": resume, "no_auto_resume": no_resume, "limit": limit}
+    options: dict[str, Any] = {
+        "device": device,
+        "resume_path": resume,
+        "no_auto_resume": no_resume,
+        "limit": limit,
+        "world": world,
+    }
     {"pretrain": run_pretrain, "sft": run_sft, "pipeline": run_pipeline}[phase](config, **options)
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from niels_gpt import checkpoint as ckpt
-from niels_gpt.files import is_disk_full
+from niels_gpt.files import explained
 from niels_gpt.train.budget import Budget
 from niels_gpt.train.job import Job
+from niels_gpt.train.parallel import as_sharded, whole_state
 from niels_gpt.train.report import Reporter
 from niels_gpt.train.state import RunState
 from niels_gpt.train.step import Stepper
@@ -53,7 +55,7 @@ class Saver:
             self._warn_of_changes(resume)
         stepper = self.stepper
         if loaded["optimizer_state"] is not None:
-            stepper.optimizer.load_state_dict(loaded["optimizer_state"])
+            stepper.optimizer.load_state_dict(as_sharded(stepper.optimizer, loaded["optimizer_state"]))
         if stepper.scaler is not None and resume.get("scaler"):
             stepper.scaler.load_state_dict(resume["scaler"])
         if resume.get("batch") == self._batch() and resume["microbatch"] < stepper.microbatches.size:  # memory ran out
@@ -61,7 +63,7 @@ class Saver:
         self.origin = Origin(**resume["origin"]) if resume.get("origin") else None
         known = {f.name: resume[f.name] for f in fields(RunState) if f.name in resume}
         # A kill between the first two files of a save can leave a best loss without its file: the next one is the best.
-        has_best = ckpt.phase_paths(self.job.phase).best.is_file()
+        has_best = self.job.world.from_main(ckpt.phase_paths(self.job.phase).best.is_file)
         step, best = loaded["step"], loaded["best_val_loss"]
         state = RunState(**{"good_step": step, "evaluated_step": step, **known, "step": step, "best_val_loss": best})
         if not has_best:
@@ -113,26 +115,51 @@ class Saver:
         return [self.options.micro_B, self.options.accum_steps]
 
     def save(self, state: RunState, budget: Budget, *, is_best: bool, on_schedule: bool, finished: bool) -> bool:
-        """One durable step file, then its copies; False if the disk was full, which is a warning on the way.
+        """One durable step file, then its copies; False if the disk was full or failed, which is a warning on the way.
 
         on_schedule: a run that nothing disturbs saves here, too: a place to roll back to. finished: nothing follows.
-        Raises OSError if the disk is full at the end, NotFinite if the weights are no numbers any more.
+        Raises OSError if the last save fails, NotFinite if the weights are no numbers any more.
         """
-        job, began = self.job, time.perf_counter()
+        world, began = self.job.world, time.perf_counter()
         good_step = state.good_step
         if on_schedule and not state.skipped_in_a_row:
             state.good_step = state.step
+        weights = whole_state(self.stepper.model.state_dict(keep_vars=world.size > 1), world)
+        optimizer_state = whole_state(self.stepper.optimizer.state_dict(), world)
+        record = self._resume_record(state, budget, finished=finished)
+        failure = world.from_main(lambda: self._write(state, weights, optimizer_state, record, is_best=is_best))
+        if failure is not None:
+            state.good_step = good_step
+            if isinstance(failure, ckpt.NotFinite) or not on_schedule:
+                raise failure
+            self.reporter.warn(f"step {state.step}: not saved: {explained(failure)}; trying again at the next save")
+            return False
+        self.saved_step, self.is_finished = state.step, finished
+        budget.note_save(time.perf_counter() - began)
+        return True
+
+    def _write(
+        self,
+        state: RunState,
+        weights: dict[str, Tensor],
+        optimizer_state: dict[str, Any],
+        record: dict[str, Any],
+        *,
+        is_best: bool,
+    ) -> OSError | ckpt.NotFinite | None:
+        """What the main process alone does; a failure that all must know of is returned."""
+        job = self.job
         spared = [self.resumed_from, None if state.good_step is None else ckpt.step_path(job.phase, state.good_step)]
         try:
             ckpt.save_checkpoint(
                 ckpt.step_path(job.phase, state.step),
                 model_cfg=job.resolved.model_cfg,
                 train_cfg=ckpt.training_record(job.resolved),
-                model=self.stepper.model,
-                optimizer=self.stepper.optimizer,
+                model=weights,
+                optimizer=optimizer_state,
                 step=state.step,
                 best_val_loss=state.best_val_loss,
-                resume=self._resume_record(state, budget, finished=finished),
+                resume=record,
                 tokenizer_model=job.tokenizer_model,
             )
             ckpt.publish(
@@ -145,15 +172,8 @@ class Saver:
                 spared=[path for path in spared if path is not None],
             )
         except (OSError, ckpt.NotFinite) as error:
-            state.good_step = good_step
-            if isinstance(error, ckpt.NotFinite) or not (on_schedule and is_disk_full(error)):
-                raise
-            reason = error.strerror or error
-            self.reporter.warn(f"step {state.step}: not saved: {reason}; trying again at the next save")
-            return False
-        self.saved_step, self.is_finished = state.step, finished
-        budget.note_save(time.perf_counter() - began)
-        return True
+            return error
+        return None
 
     def _resume_record(self, state: RunState, budget: Budget, *, finished: bool) -> dict[str, Any]:
         stepper = self.stepper

@@ -17,10 +17,11 @@ from niels_gpt.epochs import TextRows
 from niels_gpt.eval import token_byte_lengths
 from niels_gpt.mixes import open_mixes
 from niels_gpt.settings import Settings
+from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import stream_eval
-from niels_gpt.train.report import Reporter
+from niels_gpt.train.report import reporter_for
 from niels_gpt.train.sample import sampler_for
 from niels_gpt.train.start import Overrides, Start, TimeLimit, eval_shape, fingerprint, start_phase, weighted_metric
 
@@ -37,17 +38,18 @@ def run_sft(
     init_model_path: str | Path | None = None,
     limit: TimeLimit | None = None,
     quiet: bool = False,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Fine-tune on chats; `init_model_path` gives the weights of a fresh run (optimizer, step and best start anew).
 
     Returns final_step, best_val_loss, last_val_pretrain_loss, last_val_sft_loss, latest_path, best_path.
     """
     start = start_phase(
-        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit
+        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit, world=world
     )
     job = sft_job(start)
     init = Path(init_model_path) if init_model_path is not None and start.resume is None else None
-    reporter = Reporter(PHASE, start.resolved.run_id, quiet=quiet)
+    reporter = reporter_for(start.world, PHASE, start.resolved.run_id, quiet=quiet)
     if start.resume is not None:
         reporter.say(f"resumed from {start.resume}")
     elif init is not None:
@@ -94,6 +96,7 @@ def sft_job(start: Start) -> Job:
             options, {"pretrain_val_loss": found.get("pretrain"), "sft_val_loss": found.get("sft")}
         ),
         tokenizer_model=start.tokenizer_model,
+        world=start.world,
         byte_lengths=token_byte_lengths(start.tokenizer),
         sample=sampler_for(PHASE, settings, start.tokenizer),
         data=sft_fingerprint(settings, sources),

@@ -6,7 +6,6 @@ therefore acted on by a thread of its own, which C wakes through a socket the mo
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -53,11 +52,12 @@ def catching_signals() -> Iterator[StopRequest]:
         request.signum = request.signum or signum
 
     def watch(wakeups: socket.socket) -> None:
-        while received := wakeups.recv(1):
-            if received[0] in caught:
-                if request.watched:
-                    os._exit(128 + received[0])
-                request.watched = True
+        with wakeups:
+            while received := wakeups.recv(1):
+                if received[0] in caught:
+                    if request.watched:
+                        os._exit(128 + received[0])
+                    request.watched = True
 
     woken, waking = socket.socketpair()
     waking.setblocking(False)
@@ -70,9 +70,7 @@ def catching_signals() -> Iterator[StopRequest]:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
         signal.set_wakeup_fd(before)
-        waking.close()
-        with contextlib.suppress(OSError):
-            woken.shutdown(socket.SHUT_RDWR)
+        waking.close()  # which ends the thread
 
 
 @contextmanager

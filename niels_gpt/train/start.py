@@ -12,11 +12,11 @@ import torch
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.config import TrainConfig
-from niels_gpt.device import keep_freed_memory, resolve_device
+from niels_gpt.device import keep_freed_memory, resolve_device, use_deterministic_kernels
 from niels_gpt.eval import EvalResult
 from niels_gpt.files import sha256_file
 from niels_gpt.paths import ensure_dirs
-from niels_gpt.settings import PhaseSettings, ResolvedSettings, Settings, resolve_settings, tokenizer_file
+from niels_gpt.settings import PhaseSettings, ResolvedSettings, Settings, new_run_id, resolve_settings, tokenizer_file
 from niels_gpt.tokenizer import (
     ByteTokenizer,
     SentencePieceTokenizer,
@@ -24,6 +24,7 @@ from niels_gpt.tokenizer import (
     load_tokenizer,
     missing_tokenizer,
 )
+from niels_gpt.train.distributed import ALONE, World
 
 SHORTEST_BUDGET = 1.0  # seconds: a deadline that is over still leaves time for the last evaluation and save
 Overrides = str | Path | Mapping[str, Any] | None
@@ -39,6 +40,7 @@ class Start:
     resume: Path | None
     began: float | None = None  # `time.perf_counter()`
     deadline: float | None = None  # `time.time()`
+    world: World = ALONE
 
     @property
     def settings(self) -> Settings:
@@ -81,26 +83,31 @@ def start_phase(
     resume_path: str | Path | None,
     no_auto_resume: bool,
     limit: TimeLimit | None = None,
+    world: World = ALONE,
 ) -> Start:
     """Resolve everything a phase needs; a resumed run keeps its run id. ValueError/FileNotFoundError for people."""
     began, limit = time.perf_counter(), limit or TimeLimit()
     ensure_dirs()
     keep_freed_memory()
     chosen = resolve_device(device)
-    resume = find_resume(phase, resume_path, no_auto_resume)
-    run_id, spent = None, 0.0
-    if resume is not None:
-        record = ckpt.load_checkpoint(resume, device="cpu")["resume"] or {}
-        run_id = record.get("run_id") if record.get("phase") == phase else None
-        spent = float(record.get("elapsed_s", 0.0))
-    flags = limit.flags(phase, spent)
-    resolved = resolve_settings(phase, config, flags=flags, run_id=run_id, write_resolved=True)
+    resume = world.from_main(lambda: find_resume(phase, resume_path, no_auto_resume))
+    run_id, flags = world.from_main(lambda: _run_id_and_flags(phase, resume, limit))
+    resolved = resolve_settings(phase, config, flags=flags, run_id=run_id, write_resolved=world.is_main)
     reproducibility = resolved.settings.reproducibility
     if reproducibility.torch_num_threads is not None:
         torch.set_num_threads(reproducibility.torch_num_threads)
     if reproducibility.torch_matmul_precision is not None:
         torch.set_float32_matmul_precision(reproducibility.torch_matmul_precision)
-    return Start(resolved, chosen, open_tokenizer(resolved.settings), resume, began, limit.deadline)
+    if reproducibility.deterministic:
+        use_deterministic_kernels()
+    return Start(resolved, chosen, open_tokenizer(resolved.settings), resume, began, limit.deadline, world)
+
+
+def _run_id_and_flags(phase: str, resume: Path | None, limit: TimeLimit) -> tuple[str, dict[str, Any]]:
+    """What a checkpoint to go on from decides: the run it belongs to, and how much of the time limit is used."""
+    record = (ckpt.load_checkpoint(resume, device="cpu")["resume"] if resume is not None else None) or {}
+    kept = record.get("run_id") if record.get("phase") == phase else None
+    return kept or new_run_id(), limit.flags(phase, float(record.get("elapsed_s", 0.0)))
 
 
 def find_resume(phase: str, resume_path: str | Path | None, no_auto_resume: bool) -> Path | None:

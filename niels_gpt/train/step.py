@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,14 +19,16 @@ from niels_gpt.batching import Batch
 from niels_gpt.device import Precision
 from niels_gpt.model.gpt import GPT
 from niels_gpt.model.loss import IGNORED
-from niels_gpt.optim import build_optimizer
+from niels_gpt.optim import build_optimizer, whole
 from niels_gpt.rng import seed_for
+from niels_gpt.train import parallel
 from niels_gpt.train.clock import PhaseClock
 from niels_gpt.train.job import Job
 from niels_gpt.train.memory import advice, free_memory, is_out_of_memory
 from niels_gpt.train.microbatches import Microbatches
 from niels_gpt.train.state import StepResult
 
+REHEARSALS = 2
 SMALLEST_SCALE = 1.0  # below it fp16 overflows without any scaling: that is no search for a scale any more
 
 
@@ -44,7 +47,10 @@ class Stepper:
     ) -> None:
         """clock: told what time goes into getting batches."""
         self.job, self.model, self.device, self.precision, self.warn = job, model, device, precision, warn
-        self.options, self.clock = job.options, clock or PhaseClock()
+        self.options, self.world, self.clock = job.options, job.world, clock or PhaseClock()
+        self.shards = self.world.size > 1 and self.options.parallel == "fsdp"
+        if self.shards:
+            parallel.shard(model, precision)
         self.scaler = torch.amp.GradScaler(device) if precision.needs_scaler else None
         ns_dtype = torch.bfloat16 if precision.dtype is torch.bfloat16 else torch.float32
         self.optimizer = build_optimizer(model, self.options, ns_dtype=ns_dtype)
@@ -52,8 +58,13 @@ class Stepper:
             (self.optimizer.state_dict(), None if self.scaler is None else self.scaler.state_dict())
         )
         self.compiled = self.options.compile
-        self.forward: Callable[..., Tensor] = torch.compile(model) if self.compiled else model
-        self.microbatches = Microbatches(self.options.micro_B, self.options.accum_steps)
+        if self.compiled:
+            model.compile_blocks()
+        self.forward: Callable[..., Tensor] = model
+        self._together: Callable[..., Tensor] | None = None  # `forward` behind DDP
+        self._rehearsals = 0 if self.world.size == 1 or self.shards else REHEARSALS  # still to come
+        cut = Microbatches(self.options.micro_B, self.options.accum_steps)
+        self.microbatches = cut.shared_out(self.world.rank, self.world.size)
 
     def reset_optimizer(self) -> None:
         """Forget all moments and the scale, as at the beginning of a run."""
@@ -67,31 +78,73 @@ class Stepper:
         while True:
             with self.clock("data"):
                 batches = self._batches(step)
-            valid = sum(int((batch.y != IGNORED).sum()) for _, batch in batches)
+            valid = int(self.world.sum(sum(int((batch.y != IGNORED).sum()) for _, batch in batches))[0])
             if not valid:
                 raise ValueError(f"step {step}: no batch holds a token to learn from; check the data of this phase")
-            try:
-                nats = sum([self._backward(step, microbatch, batch, valid) for microbatch, batch in batches])
-            except Exception as error:
-                if not (self.compiled or is_out_of_memory(error)):
-                    raise
-                failure = error.with_traceback(None)  # its frames hold the tensors that memory is needed for
-            else:
-                return self._updated(nats, valid)
+            failure = self._rehearsed(step, batches, valid) if self._rehearsals else None
+            if failure is None:
+                try:
+                    nats = self._backward_all(step, batches, valid)
+                except Exception as error:
+                    if self.world.size > 1 and is_out_of_memory(error):
+                        raise ValueError(f"step {step + 1}: out of memory: {advice(self.job.phase)}") from None
+                    if self.world.size > 1 or not self._can_be_helped(error):
+                        raise
+                    failure = _Failure.of(error)
+                else:
+                    return self._updated(nats, valid)
             self.optimizer.zero_grad(set_to_none=True)
             self._try_otherwise(step, failure)
+
+    def _can_be_helped(self, error: Exception) -> bool:
+        return self.compiled or is_out_of_memory(error)
+
+    def _rehearsed(self, step: int, batches: list[tuple[int, Batch]], valid: int) -> _Failure | None:
+        """Try a microbatch on every process without exchanging gradients; what failed, if it did in one of them.
+
+        Amid an exchange nothing can be tried otherwise, since the others wait in it. So what may fail, the compiler and
+        memory, is tried before the first step, and before the second, by when the optimizer has its moments.
+        """
+        failure = None
+        try:
+            self._backward(step, *batches[0], valid, self.forward)
+        except Exception as error:
+            if not self._can_be_helped(error):
+                raise
+            failure = _Failure.of(error)
+        self.optimizer.zero_grad(set_to_none=True)
+        found = [failure for failure in self.world.gather(failure) if failure is not None]
+        if found:
+            return found[0]
+        self._rehearsals -= 1
+        if self._together is None:
+            self._together = parallel.replicated(self.forward, self.world)
+            # DDP regroups its buckets after the first exchange, and with it the order of the sums of three processes
+            # or more: a resumed run would differ from an undisturbed one in the last bits.
+            self._backward_all(step, batches[:1], valid)
+            self.optimizer.zero_grad(set_to_none=True)
+        return None
+
+    def _backward_all(self, step: int, batches: list[tuple[int, Batch]], valid: int) -> float:
+        """The gradient of the step, over all processes; returns the summed nats of this one."""
+        forward = self._together or self.forward
+        nats = 0.0
+        for microbatch, batch in batches:
+            with parallel.backward_pass(forward, self.model, last=microbatch == batches[-1][0]):
+                nats += self._backward(step, microbatch, batch, valid, forward)
+        return nats
 
     def _batches(self, step: int) -> list[tuple[int, Batch]]:
         """Number within the step and rows of each microbatch."""
         cut = self.microbatches
         return [(m, self._checked(self.job.batch(first, cut.size))) for m, first in cut.of_step(step)]
 
-    def _backward(self, step: int, microbatch: int, batch: Batch, valid: int) -> float:
+    def _backward(self, step: int, microbatch: int, batch: Batch, valid: int, forward: Callable[..., Tensor]) -> float:
         """Add one microbatch's gradient to those of the step; returns its summed nats."""
         torch.manual_seed(seed_for(self.options.seed, "dropout", step, microbatch))
         batch = batch.to(self.device)
         with self.precision.autocast():
-            total: Tensor = self.forward(batch.x, batch.y, segment=batch.segment)
+            total: Tensor = forward(batch.x, batch.y, segment=batch.segment)
         loss = total / valid  # so that the gradient is that of the mean over all of the step's tokens
         (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
         return float(total.detach())
@@ -108,8 +161,9 @@ class Stepper:
         """Clip and update, if everything is finite; then drop the gradients."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip))
-        finite = math.isfinite(nats) and math.isfinite(norm)
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip)))
+        nats, not_finite = self.world.sum(nats, not (math.isfinite(nats) and math.isfinite(norm)))
+        finite = not not_finite  # for all processes, whichever of them saw it
         rescaled = False
         if self.scaler is None:
             if finite:
@@ -122,25 +176,26 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(nats / valid, norm, valid, finite, rescaled)
 
-    def _try_otherwise(self, step: int, failure: Exception) -> None:
+    def _try_otherwise(self, step: int, failure: _Failure) -> None:
         """Change what may let the same step succeed, with a warning; raises if there is nothing to change."""
-        if is_out_of_memory(failure):
+        if failure.out_of_memory:
             free_memory(self.device)
             self._shrink(step, failure)
         else:
-            self.compiled, self.forward = False, self.model
+            self.compiled = False
+            self.model.leave_blocks_eager()
             self.warn(
-                f"torch.compile failed ({_first_line(failure)}); going on without it. Set"
+                f"torch.compile failed ({failure.reason}); going on without it. Set"
                 f" training.{self.job.phase}.compile to false to start this way"
             )
 
-    def _shrink(self, step: int, failure: Exception) -> None:
+    def _shrink(self, step: int, failure: _Failure) -> None:
         before, after = self.microbatches, self.microbatches.smaller()
         phase = self.job.phase
         if after is None:
             raise ValueError(
                 f"step {step + 1}: out of memory with microbatches of {before.size} rows, which cannot be made"
-                f" smaller ({_first_line(failure)}): {advice(phase)}"
+                f" smaller ({failure.reason}): {advice(phase)}"
             )
         self.microbatches = after
         self.warn(
@@ -158,6 +213,18 @@ class Stepper:
                 "the caches were built for a larger vocabulary: raise model.V or rebuild them"
             )
         return batch
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What is kept of an error: its frames hold the tensors that memory is needed for."""
+
+    out_of_memory: bool
+    reason: str
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        return cls(is_out_of_memory(error), _first_line(error))
 
 
 def _first_line(error: Exception) -> str:

@@ -58,6 +58,8 @@ def test_help_names_every_command(chat: Session, out: Said) -> None:
 def test_unknown_commands_are_told_and_paths_are_text(chat: Session, out: Said) -> None:
     with pytest.raises(ValueError, match=r"no command /rest; did you mean /reset\? /help"):
         chat.take("/rest")
+    with pytest.raises(ValueError, match=r"did you mean /inspect\?"):
+        chat.take("/in")
     with pytest.raises(ValueError, match="no command /qqq; /help"):
         chat.take("/qqq what")
     assert chat.conversation.messages == []

@@ -126,6 +126,7 @@ def test_plain_and_looked_into_replies_are_the_same_text(
     answer_once(loaded, options, ["hi", "say nothing"], inspect=True)
     out, err = capsys.readouterr()
     assert REPLIES["hi"] in out and err == "(no reply)\n"  # the model is certain of every token: no numbers
+    assert out.count("it was sure of every one]") == 2
 
 
 def test_names_of_tokens(loaded: LoadedModel) -> None:

@@ -19,6 +19,7 @@ import torch
 from niels_gpt import paths
 from niels_gpt.checkpoint import load_checkpoint, newest_good, phase_paths, publish, step_path
 from tests.checkpoint.crash_states import Recording, crash_states
+from tests.checkpoint.failing import FailingCall
 from tests.checkpoint.samples import save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,30 +123,6 @@ def test_every_state_a_power_cut_may_leave_is_the_old_or_the_new(checkpoints, re
 def test_the_power_cut_model_sees_missing_fsyncs(checkpoints, recording):
     assert any(not whole for _, _, whole in outcomes(recording, checkpoints, ("sync",)))
     assert any(step < acknowledged for acknowledged, step, _ in outcomes(recording, checkpoints, ("sync folder",)))
-
-
-CALLS = ((os, "replace"), (os, "fsync"), (os, "open"), (os, "link"), (builtins, "open"))
-REAL_FSYNC = os.fsync
-
-
-class FailingCall:
-    """The n-th watched call raises, all others go through."""
-
-    def __init__(self, n: int, number: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.n, self.number, self.root, self.count = n, number, root, 0
-        for module, name in CALLS:
-            monkeypatch.setattr(module, name, self.wrapped(getattr(module, name)))
-
-    def wrapped(self, function):
-        def call(*args, **kwargs):
-            named = [Path(a) for a in args if isinstance(a, (str, Path))]
-            mine = function is REAL_FSYNC or any(self.root in (p, *p.parents) for p in named)
-            self.count += mine
-            if mine and self.count == self.n:
-                raise OSError(self.number, os.strerror(self.number))
-            return function(*args, **kwargs)
-
-        return call
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EMFILE], ids=errno.errorcode.get)

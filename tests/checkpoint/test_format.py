@@ -210,7 +210,7 @@ def test_random_bit_flips_never_load_wrong_data(tmp_path):
     save(path, resume={"a": 1})
     good, intact = load_checkpoint(path, device="cpu"), path.read_bytes()
     draw, refused = random.Random(0), 0
-    for _ in range(100):
+    for _ in range(400):
         bit = draw.randrange(8 * len(intact))
         flipped = bytearray(intact)
         flipped[bit // 8] ^= 1 << bit % 8
@@ -219,7 +219,7 @@ def test_random_bit_flips_never_load_wrong_data(tmp_path):
             assert equal(load_checkpoint(path, device="cpu"), good), f"flipping bit {bit} loads other data"
         except ValueError:
             refused += 1
-    assert refused > 80  # the rest hit padding
+    assert refused > 320  # the rest hit padding
 
 
 def test_a_flipped_weight_is_named_as_damage_although_torch_load_takes_it(tmp_path):
@@ -238,7 +238,7 @@ def test_cut_files_are_refused(tmp_path):
     path = tmp_path / "a.pt"
     save(path)
     intact, draw = path.read_bytes(), random.Random(1)
-    for length in [0, 1, len(intact) - 1, *(draw.randrange(len(intact)) for _ in range(37))]:
+    for length in [0, 1, len(intact) - 1, *(draw.randrange(len(intact)) for _ in range(197))]:
         path.write_bytes(intact[:length])
         assert not is_good(path)
         with pytest.raises(ValueError, match=r"damaged|not a checkpoint"):

@@ -34,7 +34,8 @@ class Fault:
 
     `kind`: "truncate" closes the connection at the share `at` of the body, "hang" sends nothing for `seconds`, "short"
     sends the share `at` of the file as if it were all, "corrupt" sends other bytes of the right size, "flip" one other
-    bit at `at`, "whole" the whole file whatever range was asked for, "status" answers with `code`.
+    bit at `at`, "whole" the whole file whatever range was asked for, "status" answers with `code`, "stall" waits for
+    `seconds` after the share `at` of the body and then closes.
     """
 
     kind: str
@@ -73,6 +74,8 @@ class LoopbackHub:
         self.moved: dict[str, str] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.ranges: list[str] = []  # the Range headers that came
+        self.private: set[str] = set()  # models that were created as private
         self.blobs: dict[str, bytes] = {}
         self._ports = [0, 0]  # the hub's, and that of the CDN it redirects to
         self._stopping = threading.Event()
@@ -233,7 +236,15 @@ class _Handler(BaseHTTPRequestHandler):
             everything = {entry["path"]: entry for entry in _tree(files, "", True)}
             return self._json([everything[name] for name in wanted if name in everything])
         siblings = [{"rfilename": name} for name in files]
-        about = {"id": repository.name, "sha": sha, "private": False, "gated": False, "tags": [], "siblings": siblings}
+        private = repository.name in self.served.private
+        about = {
+            "id": repository.name,
+            "sha": sha,
+            "private": private,
+            "gated": False,
+            "tags": [],
+            "siblings": siblings,
+        }
         return self._json(about)
 
     def _resolve(self, path: str, fault: Fault | None) -> None:
@@ -274,7 +285,9 @@ class _Handler(BaseHTTPRequestHandler):
             content = content[:spot] + bytes([content[spot] ^ 1]) + content[spot + 1 :]
         status, about = 200, {**headers, "Accept-Ranges": "bytes"}
         whole = fault is not None and fault.kind == "whole"
-        if (asked := self.headers.get("Range", "")).startswith("bytes=") and not whole:
+        if asked := self.headers.get("Range", ""):
+            self.served.ranges.append(asked)
+        if asked.startswith("bytes=") and not whole:
             first, _, last = asked.removeprefix("bytes=").partition("-")
             total, start = len(content), int(first)
             end = min(int(last) + 1, total) if last else total
@@ -292,8 +305,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if fault is not None and fault.kind == "truncate":
+        if fault is not None and fault.kind in ("truncate", "stall"):
             self.wfile.write(body[: int(len(body) * fault.at)])
+            if fault.kind == "stall":
+                self.wfile.flush()
+                self.served.sleep(fault.seconds)
             self.close_connection = True
             return
         self.wfile.write(body)

@@ -22,8 +22,10 @@ def take(hub: LoopbackHub, method: str, path: str, headers: Mapping[str, str], b
     """The answer to a request that writes; None for any other request."""
     call, lfs = _CALL.fullmatch(path), _LFS.fullmatch(path)
     upload = path.startswith("/upload/") and method == "PUT"
-    if not (upload or (method == "POST" and (call or lfs or path == "/api/repos/create"))):
+    if not (upload or (method == "POST" and (call or lfs or path in ("/api/repos/create", "/api/validate-yaml")))):
         return None
+    if path == "/api/validate-yaml":  # the head of a README; the real hub looks at it
+        return 200, {"errors": [], "warnings": []}
     if upload:  # its address is the permission
         digest = hashlib.sha256(body).hexdigest()
         if path != f"/upload/{digest}":
@@ -59,6 +61,8 @@ def _create(hub: LoopbackHub, asked: dict[str, Any]) -> Answer:
     if (kind, name) in hub.repositories:
         return 409, {**about, "error": "You already created this repo"}
     hub.publish(name, {}, kind=kind)
+    if asked.get("private") or asked.get("visibility") == "private":
+        hub.private.add(name)
     return 200, about
 
 

@@ -9,6 +9,7 @@ One process answers many questions; importing the libraries takes seconds.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import itertools
 import json
@@ -81,6 +82,8 @@ def _answer(question: dict[str, Any]) -> Any:
     take = question.get("take")
     if question["do"] == "round_trip":
         return _round_trip(question["name"], question["path"], bytes.fromhex(question["content"]), question["token"])
+    if question["do"] == "program":
+        return _program(question["module"], question["argv"], question["cwd"], question.get("token"))
     if question["do"] == "smoke":
         from scripts import smoke_loaders
 
@@ -104,6 +107,16 @@ def _round_trip(name: str, path: str, content: bytes, token: str) -> list[str]:
     commit = api.upload_file(path_or_fileobj=content, path_in_repo=path, repo_id=name)
     back = Path(hf_hub_download(name, path))
     return [commit.oid, back.parent.name, back.read_bytes().hex()]
+
+
+def _program(module: str, argv: list[str], cwd: str, token: str | None) -> int:
+    """The exit status of a program's main in a folder, as a user with this token."""
+    os.chdir(cwd)
+    os.environ.pop("HF_TOKEN", None)
+    if token is not None:
+        os.environ["HF_TOKEN"] = token
+    status: int = importlib.import_module(module).main(argv)
+    return status
 
 
 def _serve() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -249,9 +250,22 @@ def fresh_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     build.load.cache_clear()
 
 
+def check_parity() -> None:
+    """Every kind of weights with the library that is loaded now, against PyTorch."""
+    model, ids = varied_model(C=40), random_ids(20, 61)
+    for weights, error in (("fp32", 1e-4), ("fp16", 0.05), ("int8", 1.5)):
+        logits = decode(NativeDecoder(model, weights, 2), ids, cache_for(model, B=1, T_max=32))
+        torch.testing.assert_close(logits, full_logits(model, ids), atol=error, rtol=0)
+        assert (logits.argmax(-1) == full_logits(model, ids).argmax(-1)).float().mean() > 0.8
+
+
 class TestBuild:
-    def test_a_build_is_used_again(self, fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert isinstance(build.load(), ctypes.CDLL)
+    def test_a_build_for_any_processor_is_right_and_used_again(
+        self, fresh_build: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if platform.machine() == "x86_64":
+            monkeypatch.setattr(build, "NATIVE", "-march=x86-64")  # neither AVX nor F16C
+        check_parity()
         (library,) = fresh_build.glob("*.so")
         build.load.cache_clear()
         monkeypatch.setattr(build, "compiler", lambda: pytest.fail("built again"))
@@ -276,4 +290,19 @@ class TestBuild:
     ) -> None:
         fresh_build.parent.joinpath("file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(fresh_build.parent / "file"))
-        assert isinstance(build.load(), ctypes.CDLL)
+        if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+            monkeypatch.setattr(build, "NATIVE", "-march=haswell")  # AVX2 without AVX512
+        check_parity()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_gpu_writes_what_a_cpu_writes() -> None:
+    model, ids = varied_model(), random_ids(5, 61)
+    expected = [s.token_id for s in stream_steps(model, ids, max_new_tokens=60, sampling=GREEDY, native=False)]
+    engine = Engine(model.cuda(), rows=3, T_max=32)
+    engine.refresh()
+    with torch.inference_mode():
+        engine.prefill(1, ids, 0)
+        engine.step([1, 2], [7, 8], [5, 0])
+    assert engine._graph is not None and engine._graph._graph is not None
+    assert [s.token_id for s in stream_steps(model, ids, max_new_tokens=60, sampling=GREEDY)] == expected

@@ -19,34 +19,17 @@ from niels_gpt import checkpoint as ckpt
 from niels_gpt.batching import Batch
 from niels_gpt.cache.pretrain import build_pretrain
 from niels_gpt.checkpoint import format as checkpoint_format
+from niels_gpt.eval import EvalResult
 from niels_gpt.model.loss import IGNORED
-from niels_gpt.settings import validate_overrides
+from niels_gpt.settings import SftPhaseSettings, validate_overrides
 from niels_gpt.tokenizer import SentencePieceTokenizer
-from niels_gpt.train.loop import Interrupted, Loop, train
+from niels_gpt.train.loop import Interrupted, train
 from niels_gpt.train.pretrain import pretrain_job, run_pretrain
 from niels_gpt.train.report import Reporter
 from niels_gpt.train.run import main
-from niels_gpt.train.sft import run_sft, sft_job
-from niels_gpt.train.start import start_phase
+from niels_gpt.train.sft import run_sft
+from niels_gpt.train.start import start_phase, weighted_metric
 from tests.train import workshop
-
-
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
-    """Overrides for a built world; the test runs inside its folder."""
-    workshop.build_caches(tmp_path, tiny_tokenizer)
-    monkeypatch.chdir(tmp_path)
-    return workshop.overrides(tmp_path, tiny_tokenizer)
-
-
-def make_loop(config: dict[str, Any], phase: str = "pretrain") -> Loop:
-    start = start_phase(phase, config, device="cpu", resume_path=None, no_auto_resume=True)
-    job = pretrain_job(start) if phase == "pretrain" else sft_job(start)
-    return Loop(job, device="cpu", reporter=Reporter(phase, start.resolved.run_id, quiet=True), resume=None, init=None)
-
-
-def weights(loop: Loop) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in loop.model.state_dict().items()}
 
 
 def test_both_phases_train_and_return_what_they_promise(world: dict[str, Any], capsys: Any) -> None:
@@ -76,7 +59,7 @@ def test_two_fresh_runs_are_identical_and_a_seed_matters(world: dict[str, Any]) 
 def test_accumulation_is_one_large_batch(world: dict[str, Any]) -> None:
     """Two microbatches of 4 rows give the gradient of their 8 rows together, per token, not per microbatch."""
     world["model"]["dropout"] = 0.0
-    loop = make_loop(world, "sft")  # rows with different numbers of supervised tokens
+    loop = workshop.make_loop(world, "sft")  # rows with different numbers of supervised tokens
     parts = [loop.job.batch(4 * m, 4) for m in range(2)]
     whole = Batch(*(torch.cat([getattr(b, name) for b in parts]) for name in ("x", "y", "segment")))
     counts = [int((b.y != IGNORED).sum()) for b in parts]
@@ -86,9 +69,9 @@ def test_accumulation_is_one_large_batch(world: dict[str, Any]) -> None:
 
 
 def test_replay_puts_rows_of_text_among_the_chats(world: dict[str, Any]) -> None:
-    plain = make_loop(world, "sft").job.batch(28, 4)
+    plain = workshop.make_loop(world, "sft").job.batch(28, 4)
     world["data"]["replay_pretrain"] = 0.5
-    loop = make_loop(world, "sft")
+    loop = workshop.make_loop(world, "sft")
     mixed = loop.job.batch(28, 4)
     assert mixed.x.shape == plain.x.shape == (4, workshop.T)
     assert mixed.segment is not None and plain.segment is not None
@@ -102,9 +85,9 @@ def test_replay_puts_rows_of_text_among_the_chats(world: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_step_that_is_not_finite_leaves_no_trace(world: dict[str, Any], poison: float) -> None:
-    loop = make_loop(world)
+    loop = workshop.make_loop(world)
     assert loop.train_step(0).applied
-    before = weights(loop)
+    before = workshop.weights(loop)
     state = json.dumps(loop.optimizer.state_dict(), default=lambda t: t.tolist())
     victim = loop.model.blocks[0].mlp.fc_a.weight
     hook = victim.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), poison))
@@ -116,20 +99,38 @@ def test_a_step_that_is_not_finite_leaves_no_trace(world: dict[str, Any], poison
 
 
 def test_it_gives_up_after_several_bad_steps_in_a_row(world: dict[str, Any]) -> None:
-    loop = make_loop(world)
+    loop = workshop.make_loop(world)
     loop.model.blocks[0].mlp.fc_a.weight.register_hook(lambda grad: grad * math.nan)
     with pytest.raises(ValueError, match=r"not finite, also after 3 rollbacks .* lower training\.pretrain\.base_lr"):
         loop.run()
 
 
 def test_a_loss_that_is_not_finite_never_becomes_the_best(world: dict[str, Any]) -> None:
-    loop = make_loop(world)
+    loop = workshop.make_loop(world)
     loop.job.evals.clear()  # type: ignore[attr-defined]
     assert loop.evaluate() is False and loop.state.best_val_loss is None
 
 
+def test_a_weighted_metric_is_the_weighted_mean_and_nan_where_a_loss_is_missing() -> None:
+    weights = {"pretrain_val_loss": 1.0, "sft_val_loss": 3.0}
+    options = SftPhaseSettings(best_metric="weighted", best_metric_weights=weights)
+    losses = {"pretrain_val_loss": EvalResult(8.0, 2), "sft_val_loss": EvalResult(4.0, 2)}
+    assert weighted_metric(options, losses) == pytest.approx((4.0 + 3 * 2.0) / 4)
+    assert weighted_metric(SftPhaseSettings(), losses) == 2.0
+    for missing in (None, EvalResult(0.0, 0)):
+        assert math.isnan(weighted_metric(options, {**losses, "pretrain_val_loss": missing}))
+
+
+def test_fine_tuning_measures_what_it_learns_and_what_it_forgets(world: dict[str, Any]) -> None:
+    weights = {"pretrain_val_loss": 1.0, "sft_val_loss": 1.0}
+    world["training"]["sft"] |= {"best_metric": "weighted", "best_metric_weights": weights}
+    result = run_sft(world, device="cpu", quiet=True)
+    mean = (result["last_val_pretrain_loss"] + result["last_val_sft_loss"]) / 2
+    assert result["best_val_loss"] == pytest.approx(mean, rel=0.05)
+
+
 def test_ids_beyond_the_vocabulary_are_named(world: dict[str, Any]) -> None:
-    loop = make_loop(world)
+    loop = workshop.make_loop(world)
     bad = Batch(torch.full((1, 4), workshop.V), torch.zeros(1, 4, dtype=torch.int64))
     object.__setattr__(loop.job, "batch", lambda first, rows: bad)
     with pytest.raises(ValueError, match=r"token id 512, the model knows 0\.\.511"):
@@ -166,31 +167,6 @@ def test_a_full_disk_is_a_warning_on_the_way_and_an_error_at_the_end(
     err = capsys.readouterr().err
     assert "step 4: not saved" in err and "trying again at the next save" in err
     assert not list(Path("checkpoints").rglob("*.pt"))
-
-
-def test_a_time_budget_ends_on_time_with_the_schedule_finished(
-    world: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a clock that jumps 3 seconds a step, and later 9, a minute is over after a minute."""
-    from niels_gpt.train import budget as budget_module
-
-    world["training"]["pretrain"] |= {"minutes": 1.0, "lr_shape": "linear", "min_lr": 0.0}
-    now = [0.0]
-    monkeypatch.setattr(budget_module.time, "perf_counter", lambda: now[0])
-    loop = make_loop(world)
-    rates = []
-    step = loop.train_step
-
-    def slow(n: int) -> Any:
-        rates.append(loop.budget.learning_rate(n))
-        now[0] += 3.0 if n < 8 else 9.0
-        return step(n)
-
-    loop.train_step = slow  # type: ignore[method-assign]
-    loop.run()
-    assert 60 <= now[0] <= 69  # the step that is running when time is up is the last
-    assert max(rates) > 0.009 and rates[-1] <= 0.3 * max(rates)
-    assert loop.budget.learning_rate(loop.state.step) == 0.0
 
 
 def test_usage_errors(world: dict[str, Any], capsys: Any) -> None:

@@ -20,6 +20,11 @@ from niels_gpt.cache.sft import build_sft
 from niels_gpt.checkpoint import load_checkpoint
 from niels_gpt.settings import validate_overrides
 from niels_gpt.tokenizer import SentencePieceTokenizer
+from niels_gpt.train.loop import Loop
+from niels_gpt.train.pretrain import pretrain_job
+from niels_gpt.train.report import Reporter
+from niels_gpt.train.sft import sft_job
+from niels_gpt.train.start import start_phase
 
 ROOT = Path(__file__).resolve().parents[2]
 V, T = 512, 32
@@ -64,6 +69,19 @@ def build_caches(folder: Path, tokenizer: SentencePieceTokenizer) -> None:
     caches = settings.data.caches
     build_pretrain(settings, tokenizer, "primer", root=caches.pretrain_token_cache, seed=1)
     build_sft(settings, tokenizer, "primer", root=caches.sft_token_cache, seed=1, val_frac=0.1, t_max=T + 1)
+
+
+def make_loop(config: dict[str, Any], phase: str = "pretrain", *, resume: bool = False, **changes: Any) -> Loop:
+    """A loop of the config with `changes` to the phase's settings; with `resume`, on from its newest checkpoint."""
+    config["training"][phase] |= changes
+    start = start_phase(phase, config, device="cpu", resume_path=None, no_auto_resume=not resume)
+    job = pretrain_job(start) if phase == "pretrain" else sft_job(start)
+    reporter = Reporter(phase, start.resolved.run_id, quiet=True)
+    return Loop(job, device="cpu", reporter=reporter, resume=start.resume, init=None)
+
+
+def weights(loop: Loop) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in loop.model.state_dict().items()}
 
 
 def command(*arguments: str | Path) -> list[str]:

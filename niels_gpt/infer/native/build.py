@@ -120,6 +120,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.decoder_step.argtypes = [pointer, number, *[pointer] * 5, size, size, pointer, pointer]
     library.decoder_free.restype = None
     library.decoder_free.argtypes = [pointer]
+    library.decoder_read.restype = ctypes.c_float
+    library.decoder_read.argtypes = [pointer]
     library.decoder_bytes.restype = size
     library.decoder_bytes.argtypes = [pointer]
     return library

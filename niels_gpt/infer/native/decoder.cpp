@@ -134,11 +134,8 @@ void Decoder::attend(int b, int head, int layer, Scratch& own) {
 
   float* p = own.scores.data();
   const float scale = 1 / sqrtf((float)D);
-  float most = -INFINITY;
-  for (int i = 0; i <= t; i++) {
-    p[i] = dot(q, keys + (size_t)i * D, D) * scale;
-    most = p[i] > most ? p[i] : most;
-  }
+  for (int i = 0; i <= t; i++) p[i] = dot(q, keys + (size_t)i * D, D) * scale;
+  const float most = largest(p, t + 1);
   for (int i = t + 1; i < padded(t + 1, W); i++) p[i] = -INFINITY;
   vf total = {};
   for (int i = 0; i <= t; i += W) {
@@ -164,14 +161,14 @@ void Decoder::attend(int b, int head, int layer, Scratch& own) {
 // (log of the sum of exponentials, entropy in nats) of one row of logits.
 void Decoder::statistics(int b) {
   const float* x = job.logits + (size_t)b * s.V;
-  float most = -INFINITY;
-  for (int i = 0; i < s.V; i++) most = x[i] > most ? x[i] : most;
-  double total = 0, weighted = 0;  // of e^d and of d e^d with d = x - most
+  const float most = largest(x, s.V);
+  vf totals = {}, weights = {};  // of e^d and of d e^d with d = x - most
   int i = 0;
   for (; i + W <= s.V; i += W) {
     const vf d = load(x + i) - most, e = exp(d);
-    total += sum(e), weighted += sum(e * d);
+    totals += e, weights += e * d;
   }
+  double total = sum(totals), weighted = sum(weights);
   for (; i < s.V; i++) {
     const float d = x[i] - most, e = expf(d);
     total += e, weighted += e * d;
@@ -221,6 +218,27 @@ void Decoder::gate_all(Scratch& own) const {
 }
 
 extern "C" {
+
+// Reads all packed weights once with all threads and does nothing with them: what a token cannot be faster than.
+float decoder_read(void* decoder) {
+  Decoder& d = *(Decoder*)decoder;
+  std::lock_guard<std::mutex> turn(d.team.turn);
+  d.team.settle();
+  const size_t piece = 1 << 14;  // bytes
+  std::vector<vf> totals(d.team.size);
+  d.team.run([&](int me) {
+    d.team.stage(0, (int)(d.arena.used / piece), [] {}, [&](int i) {
+      const float* p = (const float*)(d.arena.base + i * piece);
+      vf sums[4] = {};
+      for (size_t c = 0; c < piece / sizeof(float); c += 4 * W)
+        for (int n = 0; n < 4; n++) sums[n] += load(p + c + n * W);
+      totals[me] += sums[0] + sums[1] + sums[2] + sums[3];
+    });
+  });
+  float total = 0;
+  for (const vf& t : totals) total += sum(t);
+  return total;
+}
 
 int64_t decoder_bytes(const void* d) { return ((const Decoder*)d)->arena.used; }
 

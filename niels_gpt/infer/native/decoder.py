@@ -74,6 +74,10 @@ class NativeDecoder:
         """False in a forked child: it has none of the threads."""
         return self._pid == os.getpid()
 
+    def read(self) -> None:
+        """Read all packed weights once and do nothing else: no token can be faster (for benchmarks)."""
+        self._library.decoder_read(self._handle)
+
     def step(self, tokens: Sequence[int], positions: Sequence[int], cache: KVCache, rows: Sequence[int]) -> Decoded:
         """Feed tokens[i] at positions[i] to row rows[i] of a float32 cache on the CPU; its key and value go there.
 
@@ -160,9 +164,14 @@ def _unsupported(model: GPT) -> str | None:
         return "the model is not in float32"
     if asdict(model.arch).keys() != asdict(NEW).keys() or type(model) is not GPT:
         return "the architecture is unknown to the native decoder"
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+    if is_watched(model):
         return "somebody watches the model's modules"
     return None
+
+
+def is_watched(model: GPT) -> bool:
+    """Whether somebody hooked into the model's modules: then every one of them has to be called."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def _mark(model: GPT) -> tuple[object, ...]:

@@ -116,16 +116,14 @@ struct Operand {
     q.resize((size_t)B * m.width);
     scale.resize(B);
     for (int b = 0; b < B; b++) {
-      float most = 0;
-      for (int c = 0; c < m.cols; c++) most = fabsf(x[b][c]) > most ? fabsf(x[b][c]) : most;
+      const float most = largest_size(x[b], m.width);  // the padding is zero
       const float factor = most > 0 ? m.limit / most : 0;
       scale[b] = most / m.limit;
       int16_t* out = &q[(size_t)b * m.width];
-      for (int c = 0; c < m.cols; c++) {  // adding and taking away 1.5 * 2^23 rounds to a whole number
+      for (int c = 0; c < m.width; c++) {  // adding and taking away 1.5 * 2^23 rounds to a whole number
         const float whole = (x[b][c] * factor + 12582912.0f) - 12582912.0f;
         out[c] = (int16_t)(int32_t)whole;
       }
-      for (int c = m.cols; c < m.width; c++) out[c] = 0;
     }
   }
 };

@@ -119,6 +119,32 @@ static inline int32_t sum(vi v) {
 
 static inline vf all(float x) { return vf{} + x; }
 
+// Largest of n numbers; NaNs are passed over.
+static inline float largest(const float* p, int n) {
+  vf most = all(-INFINITY);
+  int i = 0;
+  for (; i + W <= n; i += W) {
+    const vf v = load(p + i);
+    most = v > most ? v : most;
+  }
+  float m = -INFINITY;
+  for (; i < n; i++) m = p[i] > m ? p[i] : m;
+  for (int k = 0; k < W; k++) m = most[k] > m ? most[k] : m;
+  return m;
+}
+
+// Largest absolute value of n numbers, n a multiple of W.
+static inline float largest_size(const float* p, int n) {
+  vf most = {};
+  for (int i = 0; i < n; i += W) {
+    const vf v = load(p + i), size = v < 0.0f ? -v : v;
+    most = size > most ? size : most;
+  }
+  float m = 0;
+  for (int k = 0; k < W; k++) m = most[k] > m ? most[k] : m;
+  return m;
+}
+
 // e^x within 2 units in the last place (the polynomial of Cephes' expf); NaN stays NaN.
 static inline vf exp(vf x) {
   const vf low = all(-87.3f), high = all(88.3f), magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds

@@ -1,0 +1,91 @@
+"""Both phases in a row: one time budget for them, and going on where a stop came."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from niels_gpt import checkpoint as ckpt
+from niels_gpt.train.loop import Interrupted, Loop
+from niels_gpt.train.pipeline import run_pipeline, shares
+from niels_gpt.train.run import main
+from niels_gpt.train.start import TimeLimit
+from tests.train import workshop
+
+
+@pytest.fixture
+def pipeline(world: dict[str, Any], tmp_path: Path) -> Path:
+    (tmp_path / "both.json").write_text(json.dumps(world))
+    path = tmp_path / "pipeline.json"
+    path.write_text(json.dumps({"pretrain_config_path": "both.json", "sft_config_path": "both.json"}))
+    return path
+
+
+def record(phase: str) -> dict[str, Any]:
+    return ckpt.load_checkpoint(ckpt.phase_paths(phase).latest, device="cpu")["resume"] or {}
+
+
+def stop_in_sft(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """As a signal would, after a step of fine-tuning."""
+    one_step = Loop._one_step
+
+    def stopping(loop: Loop) -> None:
+        one_step(loop)
+        if loop.job.phase == "sft" and loop.state.step == at:
+            loop.stop.signum = 15
+
+    monkeypatch.setattr(Loop, "_one_step", stopping)
+
+
+def test_a_pipeline_stopped_while_fine_tuning_goes_on_fine_tuning(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sha = workshop.weights_sha(run_pipeline(pipeline, device="cpu")["sft"]["latest_path"])
+    pretrained = ckpt.phase_paths("pretrain").latest.stat().st_mtime_ns
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_in_sft(patch, 7)
+        run_pipeline(pipeline, device="cpu")  # finished, so fine-tuning is done afresh
+    assert record("sft")["evaluated_step"] == 5
+    capsys.readouterr()
+    done = run_pipeline(pipeline, device="cpu")
+    assert list(done) == ["sft"] and workshop.weights_sha(done["sft"]["latest_path"]) == sha
+    assert ckpt.phase_paths("pretrain").latest.stat().st_mtime_ns == pretrained
+    assert "resumed from checkpoints/sft/latest.pt" in capsys.readouterr().out
+
+
+def test_other_weights_of_pretraining_make_fine_tuning_start_afresh(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_in_sft(patch, 7)
+        run_pipeline(pipeline, device="cpu")
+    run_pipeline(pipeline, device="cpu", no_auto_resume=True)
+    out = capsys.readouterr().out
+    assert "resumed from" not in out and out.count("sft init from checkpoints/pretrain/best.pt") == 2
+
+
+def test_a_budget_is_shared_out_and_what_is_left_is_for_fine_tuning(pipeline: Path) -> None:
+    found = shares(TimeLimit(10.0), "both.json")
+    assert found["pretrain"].minutes == pytest.approx(9) and found["sft"].minutes == pytest.approx(1)
+    deadline = time.time() + 600
+    found = shares(TimeLimit(deadline=deadline), "both.json")
+    assert found["pretrain"].deadline == pytest.approx(deadline - 60, abs=1) and found["sft"].deadline == deadline
+    assert shares(TimeLimit(), "both.json")["sft"] == TimeLimit()
+
+    arguments = ["--phase", "pipeline", "--config", str(pipeline), "--device", "cpu", "--minutes", "0.05"]
+    assert main(arguments) == 0
+    pretrain, sft = record("pretrain"), record("sft")
+    assert pretrain["finished_s"] == pytest.approx(0.9 * 3)
+    # What evaluating, saving and the last step did not need of pretraining's time has come to fine-tuning.
+    assert sft["finished_s"] == pytest.approx(3 - pretrain["elapsed_s"]) and sft["is_finished"]
+
+
+def test_print_config_shows_the_shares(pipeline: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--phase", "pipeline", "--config", str(pipeline), "--minutes", "20", "--print_config"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["pretrain"]["training"]["pretrain"]["minutes"] == pytest.approx(18)
+    assert shown["sft"]["training"]["sft"]["minutes"] == pytest.approx(2)
