@@ -50,21 +50,21 @@ class KneserNey:
 
     def log2_probabilities(self, documents: Sequence[bytes]) -> np.ndarray:
         """log2 P of every byte of the documents, one after another."""
-        return np.log2(self._probabilities(*_packed(documents, self.order)))
+        return np.log2(self._probabilities(_packed(documents, self.order)[0]))
 
     def distribution(self, context: bytes) -> np.ndarray:
         """(256,) P of every next byte of a document that begins with `context`."""
-        codes, available = _packed([context + bytes([b]) for b in range(BYTES)], self.order)
-        last = np.arange(1, BYTES + 1) * (len(context) + 1) - 1  # only their last bytes
-        return self._probabilities(codes[last], available[last])
+        codes, _ = _packed([context + bytes([b]) for b in range(BYTES)], self.order)
+        return self._probabilities(codes[len(context) :: len(context) + 1])  # of their last bytes
 
-    def _probabilities(self, codes: np.ndarray, available: np.ndarray) -> np.ndarray:
+    def _probabilities(self, codes: np.ndarray) -> np.ndarray:
+        """Contexts that would reach beyond a document's start hold START inside, so no table knows them."""
         p = np.full(len(codes), 1 / BYTES)
         for k, table in enumerate(self.tables, start=1):
             grams = _last(codes, k)
             weight, known = _look_up(table.contexts, table.backoff, grams >> BITS)
             seen, _ = _look_up(table.grams, table.discounted, grams)
-            p = np.where(known & (available >= k), seen + weight * p, p)
+            p = np.where(known, seen + weight * p, p)
         return p
 
 
