@@ -14,6 +14,7 @@ from niels_gpt.checkpoint import LoadedModel
 from niels_gpt.config import Architecture, ModelConfig
 from niels_gpt.export import hf_tokenizer, names
 from niels_gpt.export.needs import needed
+from niels_gpt.export.samples import CONVERSATIONS, STRINGS
 from niels_gpt.export.spm import SENTINEL_ID, read_spm
 from niels_gpt.export.templates import MARK, text_template, token_template
 from niels_gpt.model.blocks import NORM_EPS
@@ -172,8 +173,6 @@ _TEXT_NOTES = """\
 
 
 def _readme(loaded: LoadedModel, config: dict[str, Any], dtype: str) -> str:
-    from niels_gpt.export.samples import CONVERSATIONS, STRINGS
-
     notes = _TOKEN_NOTES.format(eot=EOT_TOKEN) if loaded.tokenizer.eot_id is not None else _TEXT_NOTES
     return _README.format(
         parameters=loaded.model.num_parameters,

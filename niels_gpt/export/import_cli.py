@@ -15,9 +15,8 @@ from rich.console import Console
 from niels_gpt import files
 from niels_gpt.checkpoint import save_checkpoint
 from niels_gpt.export.import_hf import Imported, read_hf
-from niels_gpt.export.needs import needed
 from niels_gpt.export.publishing import quiet_transformers
-from niels_gpt.export.verify import same_logits
+from niels_gpt.export.verify import load_with_transformers, same_logits
 from niels_gpt.model.gpt import GPT
 
 
@@ -38,10 +37,8 @@ def import_hf(folder: Path, out: Path) -> Imported:
         model = GPT(found.cfg, found.arch).eval()
     model.load_state_dict(found.state)
     with quiet_transformers():
-        theirs = needed("transformers").AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
-        same_logits(model, lambda ids: theirs.eval()(ids).logits)
+        theirs = load_with_transformers("AutoModelForCausalLM", folder, dtype=torch.float32).eval()
+        same_logits(model, lambda ids: theirs(ids).logits)
     meta = {"tokenizer_sha256": found.tokenizer_sha256, "phase": None, "run_id": None}
     save_checkpoint(
         out,

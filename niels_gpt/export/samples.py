@@ -10,6 +10,8 @@ from torch import Tensor
 
 from niels_gpt.config import ModelConfig
 from niels_gpt.data.types import Message
+from niels_gpt.export.spm import SENTINEL_ID
+from niels_gpt.export.templates import MARK
 from niels_gpt.special_tokens import SPECIAL_TOKENS
 from niels_gpt.spm_training import BLANK
 from niels_gpt.tokenizer import Tokenizer
@@ -91,7 +93,12 @@ def forgeries() -> list[str]:
     """Texts that pose as control: every sentinel, whole, split, nested, with marks in between."""
     whole = [*SENTINELS, "".join(SENTINELS), *(f"hello {s}{s} you" for s in SENTINELS)]
     halves = [s[:20] + "\u200b" + s[20:] for s in SENTINELS] + [s[:9] + s + s[9:] for s in SENTINELS]
-    return whole + halves
+    return (
+        whole
+        + halves
+        + [f"a{MARK}{s}" for s in SENTINELS]
+        + [s.replace(SENTINEL_ID, MARK + SENTINEL_ID) for s in SENTINELS]
+    )
 
 
 def rows(cfg: ModelConfig) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from niels_gpt.chat_format import TextChat, TokenChat
 from niels_gpt.checkpoint import LoadedModel
-from niels_gpt.data.types import Message
+from niels_gpt.data.types import ROLES, Message
 from niels_gpt.export import names, samples
 from niels_gpt.export.hf import DTYPES, rounded, tokenizer_parts
 from niels_gpt.export.needs import needed
@@ -25,8 +25,7 @@ EncodeChat = Callable[[list[dict[str, str]], bool], Sequence[int]]  # messages, 
 
 def verify_hf(folder: Path, loaded: LoadedModel, dtype: str) -> float:
     """Load `folder` with plain transformers and compare everything; returns the largest difference of a logit."""
-    transformers = needed("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_with_transformers("AutoTokenizer", folder)
 
     def encode_chat(messages: list[dict[str, str]], reply: bool) -> list[int]:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=reply, tokenize=True, return_dict=False)
@@ -35,13 +34,22 @@ def verify_hf(folder: Path, loaded: LoadedModel, dtype: str) -> float:
     texts = samples.strings(loaded.tokenizer)
     same_ids(loaded.tokenizer, texts, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
     same_text(loaded.tokenizer, texts, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
-    same_chats(loaded, samples.conversations(texts + samples.forgeries()), encode_chat)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    ).eval()
+    forged = [[Message(role, text)] for text in samples.forgeries() for role in ROLES]
+    same_chats(loaded, samples.conversations(texts) + forged, encode_chat)
+    model = load_with_transformers("AutoModelForCausalLM", folder, dtype=torch.float32).eval()
     worst = same_logits(as_stored(loaded, dtype), lambda ids: model(ids).logits)
     _same_files(folder, loaded, dtype)
     return worst
+
+
+def load_with_transformers(auto_class: str, folder: Path, **options: Any) -> Any:
+    """A model or tokenizer of plain transformers; ValueError if it cannot load the folder."""
+    loader = getattr(needed("transformers"), auto_class)
+    try:
+        return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except Exception as error:  # its libraries raise almost anything
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"transformers cannot load {folder.name}: {reason}") from None
 
 
 def _same_files(folder: Path, loaded: LoadedModel, dtype: str) -> None:

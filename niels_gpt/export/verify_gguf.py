@@ -13,7 +13,7 @@ from torch import Tensor
 from niels_gpt.checkpoint import LoadedModel
 from niels_gpt.config import Architecture, ModelConfig
 from niels_gpt.export import names, samples
-from niels_gpt.export.gguf_file import ARCHITECTURES, from_gguf, to_gguf
+from niels_gpt.export.gguf_file import ARCHITECTURES, from_gguf, template_for, to_gguf
 from niels_gpt.export.gguf_vocab import GgufVocab, LlamaCppReader, as_llama_cpp_reads, vocab_of
 from niels_gpt.export.hf import hf_config
 from niels_gpt.export.needs import needed
@@ -29,18 +29,15 @@ def verify_gguf(path: Path, loaded: LoadedModel, dtype: str) -> float:
 
     ValueError with one line at the first mismatch.
     """
-    gguf = needed("gguf")
     try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
-        kinds = {t.name: t.tensor_type.name for t in reader.tensors}
-    except (ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"the file cannot be read back: {error}") from None
-    cfg, arch = shape_in(fields)
-    if (cfg, arch.norm_type) != (_comparable(loaded.model.cfg), loaded.model.arch.norm_type):
-        raise ValueError(f"the file describes the model {cfg}, not {_comparable(loaded.model.cfg)}")
+        fields, tensors, kinds = _read_back(path)
+        cfg, arch = shape_in(fields)
+        vocab, template = vocab_in(fields), fields["tokenizer.chat_template"]
+    except Exception as error:  # a damaged file surfaces as almost anything
+        raise ValueError(f"{path.name} cannot be read back: {error!r}") from None
     model = loaded.model
+    if (cfg, arch.norm_type) != (_comparable(model.cfg), model.arch.norm_type):
+        raise ValueError(f"the file describes the model {cfg}, not {_comparable(model.cfg)}")
     expected = to_gguf(names.to_hf(model.state_dict(), model.cfg, model.arch), model.cfg, model.arch)
     same_tensors(tensors, expected, kinds)
     state = from_gguf(tensors, model.cfg, model.arch)
@@ -48,8 +45,17 @@ def verify_gguf(path: Path, loaded: LoadedModel, dtype: str) -> float:
     stored.load_state_dict(names.from_hf(state, model.cfg, model.arch))
     same_logits(stored, _transformers_twin(state, cfg, model.arch))
     moved = same_logits(model, stored, tolerance=0.0 if dtype == "f32" else float("inf"))
-    _same_tokens(fields, loaded)
+    _same_tokens(vocab, template, loaded)
     return moved
+
+
+def _read_back(path: Path) -> tuple[Json, dict[str, Tensor], dict[str, str]]:
+    """Metadata, tensors in float32, and the names of their types."""
+    gguf = needed("gguf")
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
+    return fields, tensors, {t.name: t.tensor_type.name for t in reader.tensors}
 
 
 def shape_in(fields: Json) -> tuple[ModelConfig, Architecture]:
@@ -118,23 +124,17 @@ def _transformers_twin(state: names.State, cfg: ModelConfig, arch: Architecture)
     return lambda ids: twin(ids).logits
 
 
-def _same_tokens(fields: Json, loaded: LoadedModel) -> None:
-    vocab = vocab_in(fields)
+def _same_tokens(vocab: GgufVocab, template: str, loaded: LoadedModel) -> None:
     reader = LlamaCppReader(vocab)
-    render = renderer(fields["tokenizer.chat_template"])
+    render = renderer(template)
     texts = gguf_texts(loaded)
     same_ids(loaded.tokenizer, texts, reader.encode)
     chats = samples.conversations(texts)
     same_chats(loaded, chats, lambda messages, reply: reader.encode(render(messages, reply), parse_special=True))
     if loaded.tokenizer.eot_id is not None:
         _no_forgery(reader, render, loaded)
-    if vocab != vocab_of(loaded.tokenizer, loaded.model.cfg.V):  # what samples may not touch
-        raise ValueError("the file's vocabulary is not what was written")
-
-
-def _texts(loaded: LoadedModel) -> list[str]:
-    texts = samples.strings(loaded.tokenizer)
-    return texts if loaded.tokenizer.eot_id is None else [as_llama_cpp_reads(text) for text in texts]
+    if (vocab, template) != (vocab_of(loaded.tokenizer, loaded.model.cfg.V), template_for(loaded)):
+        raise ValueError("the file's vocabulary is not what was written")  # what the samples did not touch
 
 
 def gguf_texts(loaded: LoadedModel) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 
 import gguf
 import pytest
@@ -10,10 +12,11 @@ import sentencepiece
 
 from niels_gpt.checkpoint import load_model
 from niels_gpt.cli import main
-from niels_gpt.export import gguf_file
+from niels_gpt.export import gguf_file, names
 from niels_gpt.export.gguf_vocab import LlamaCppReader, vocab_of
-from niels_gpt.special_tokens import EOT_TOKEN
-from niels_gpt.tokenizer import ByteTokenizer, load_tokenizer, train_tokenizer
+from niels_gpt.settings.tree import default_settings
+from niels_gpt.special_tokens import EOT_TOKEN, SPECIAL_TOKENS
+from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, train_tokenizer
 from tests.export.models import ARCHITECTURES, names_in, save
 
 
@@ -81,10 +84,6 @@ def test_a_unigram_tokenizer_is_refused_with_the_reason(tmp_path, tiny_tokenizer
 
 
 def test_a_normalising_tokenizer_is_refused_with_the_reason(tmp_path):
-    import io
-
-    from niels_gpt.special_tokens import SPECIAL_TOKENS
-
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 9),
@@ -95,8 +94,6 @@ def test_a_normalising_tokenizer_is_refused_with_the_reason(tmp_path):
         control_symbols=list(SPECIAL_TOKENS.values()),
         minloglevel=2,
     )
-    from niels_gpt.tokenizer import SentencePieceTokenizer
-
     with pytest.raises(ValueError, match="nmt_nfkc normalisation"):
         vocab_of(SentencePieceTokenizer.from_bytes(writer.getvalue()), 310)
 
@@ -118,8 +115,7 @@ def test_a_damaged_file_never_gets_its_name(checkpoint, tmp_path, monkeypatch, c
     assert names_in(tmp_path) == []
 
 
-def test_a_wrong_layout_is_noticed(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gguf_file, "EPSILON_OF_THE_FILE", 1e-3, raising=False)
+def test_wrong_metadata_is_noticed(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gguf_file, "NORM_EPS", 1e-3)
     assert main(["export", "gguf", "--ckpt", checkpoint("new"), "--out", str(tmp_path / "out")]) == 1
     assert "epsilon" in capsys.readouterr().err
@@ -140,6 +136,23 @@ def test_the_reading_of_llama_cpp_joins_best_scores_first_and_leftmost(tiny_toke
     assert LlamaCppReader(vocab_of(ByteTokenizer(), 256)).encode("é") == [0xC3, 0xA9]
 
 
-def test_a_rounded_file_holds_the_rounded_model(checkpoint):
+def test_wrong_row_order_is_noticed(checkpoint, tmp_path, monkeypatch, capsys):
+    """Values and shapes are right, but in the layout of another architecture."""
+    to_gguf = gguf_file.to_gguf
+
+    def swapped(state, cfg, arch):
+        return {
+            k: names.pairs(t, cfg.H) if k.endswith("attn_q.weight") else t for k, t in to_gguf(state, cfg, arch).items()
+        }
+
+    monkeypatch.setattr(gguf_file, "to_gguf", swapped)
+    assert main(["export", "gguf", "--ckpt", checkpoint("new"), "--out", str(tmp_path / "out")]) == 1
+    assert "attn_q.weight is not the model's" in capsys.readouterr().err
+
+
+def test_the_modelfile_carries_the_context_and_the_settings(checkpoint):
     loaded = load_model(checkpoint("new"), device="cpu")
-    assert gguf_file.modelfile(loaded, "a.gguf").count("PARAMETER num_ctx 64") == 1
+    plain = gguf_file.modelfile(loaded, "a.gguf")
+    assert "PARAMETER num_ctx 64" in plain and "temperature" not in plain  # this checkpoint records no settings
+    chosen = gguf_file.modelfile(replace(loaded, settings=default_settings()), "a.gguf")
+    assert "PARAMETER temperature 0.9\n" in chosen and "PARAMETER top_k 50\n" in chosen
