@@ -98,7 +98,7 @@ def test_targets_are_compared_with_this_runs_figures(capsys: pytest.CaptureFixtu
 
 
 def test_memory_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    args = bench_train.argparse.Namespace(device="cpu", threads=1)
+    args = bench_train.argparse.Namespace(device="cpu", rows=None, threads=1)
     monkeypatch.setattr(bench_train.sys, "executable", "false")
     assert bench_train.peak_memory("quickstart", "nanoGPT's shape", "fp32", args) is None
     assert "memory of nanoGPT's shape" in capsys.readouterr().err
