@@ -178,8 +178,9 @@ def test_fifty_sharded_steps(
     ground: Path, tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, optimizer: str
 ) -> None:
     """To the bit; where gradients are clipped the norm is summed shard by shard, which costs the last ones."""
-    clipped = config(ground, tiny_tokenizer, parallel="fsdp", optimizer=optimizer)
-    unclipped = config(ground, tiny_tokenizer, parallel="fsdp", optimizer=optimizer, grad_clip=NO_CLIP)
+    options = {"parallel": "fsdp", "optimizer": optimizer, "base_lr": 1e-3, "min_lr": 1e-4}
+    clipped = config(ground, tiny_tokenizer, **options)
+    unclipped = config(ground, tiny_tokenizer, **options, grad_clip=NO_CLIP)
     alone(tmp_path / "one", clipped)
     alone(tmp_path / "free", unclipped)
     cases = [
