@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.batching import Batch, TokenStream
 from niels_gpt.eval import bits_per_byte, byte_unigram_bits, eval_loss_on_stream, evaluate, token_byte_lengths
+from niels_gpt.infer.steps import eval_mode
 from niels_gpt.model.loss import IGNORED
 from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from tests.reference import BUNDLE, needs_bundle
@@ -131,3 +134,21 @@ def test_published_stream_loss(generation: str) -> None:
     value = eval_loss_on_stream(model, stream=stream, device="cpu", **arguments)
     recorded = next(expected[key] for key in ("loss", "value", "eval_loss") if key in expected)
     assert value == pytest.approx(recorded, abs=1e-5)
+
+
+def test_blocks_compiled_for_training_stay_out_of_evaluation() -> None:
+    """Every shape of an evaluation or a prompt would be compiled anew."""
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    model = varied_model()
+    model.compile_blocks(backend=backend)  # type: ignore[arg-type]
+    ids = torch.arange(5)[None]
+    with eval_mode(model), torch.no_grad():
+        model(ids)
+    assert not compiled
+    model.train()(ids)
+    assert compiled

@@ -290,8 +290,10 @@ def published(tmp_path: Path) -> Path:
 def test_published_caches_open(published: Path) -> None:
     open_both(published)
     talk = published / "talk"
+    before = open_sft(published, "talk", "train", tokenizer_sha256=SHA, vocab_size=512).ids.tolist()
     (talk / "train_input_ids.bin").rename(talk / "train_tokens.bin")
     open_both(published)
+    assert before == open_sft(published, "talk", "train", tokenizer_sha256=SHA, vocab_size=512).ids.tolist() != []
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,8 @@ JSON = st.recursive(
 
 @given(JSON)
 def test_any_record_has_text_that_can_be_written(record: object) -> None:
-    record_text(record).encode("utf-8")
+    text = record_text(record)
+    assert text.encode("utf-8").decode("utf-8") == text
 
 
 @given(
