@@ -108,7 +108,9 @@ class CausalSelfAttention(nn.Module):
         qkv = self.qkv(x)
         whole_rows = cache is None and trace is None and (mask is None or first is not None)
         if whole_rows and torch.is_grad_enabled() and native.usable(qkv):
-            norms = (self.q_norm.weight, self.k_norm.weight) if isinstance(self.q_norm, RMSNorm) else ()
+            norms: tuple[()] | tuple[Tensor, Tensor] = ()
+            if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+                norms = self.q_norm.weight, self.k_norm.weight
             return self.resid_dropout(self.proj(native.attention(qkv, norms, sin, cos, self.H, NORM_EPS, first)))
         q, k, v = qkv.view(B, T, 3, self.H, self.D).transpose(1, 3).unbind(2)  # each (B, H, T, D)
         q, k = apply_rope(self.q_norm(q), self.k_norm(k), sin, cos)
