@@ -1,7 +1,8 @@
 """The parts of a GPT block: norms, attention and MLPs of every generation (see `config.Architecture`).
 
 Attention exists once. With a cache it reads what earlier calls stored; a traced call takes the explicit softmax and
-records it, a training row on a CPU goes in blocks where that is faster, every other call takes the fused kernel.
+records it, a training row on a CPU goes through `native`, or in blocks where that is faster, every other call takes the
+fused kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from niels_gpt.config import Architecture, ModelConfig
 from niels_gpt.model.causal import blocks_are_faster, causal_attention
+from niels_gpt.model.native import ops as native
 from niels_gpt.model.rope import apply_rope, rope_cache
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and native.usable(x, self.weight):
+            return native.rms_norm(x, self.weight, self.eps)
         if x.device.type == "cpu" and x.dtype == self.weight.dtype and torch.is_grad_enabled():
             return _FewerPasses.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
@@ -86,16 +90,29 @@ class CausalSelfAttention(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, trace: Trace | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        trace: Trace | None = None,
+        mask: Tensor | None = None,
+        first: Tensor | None = None,
     ) -> Tensor:
         """Attend x (B, T, C) to itself and to what `cache` holds; returns (B, T, C).
 
         mask: (B, 1, T, T) bool, True where a query may see a key; None means causal. Not together with a cache.
+        first: (B, T) int32, what the mask says in other words, if it can: the first position that each query sees.
         """
         B, T, C = x.shape
         start = cache.t if cache is not None else 0
-        q, k, v = self.qkv(x).view(B, T, 3, self.H, self.D).transpose(1, 3).unbind(2)  # each (B, H, T, D)
         sin, cos = self.rope_sin[:, :, start : start + T], self.rope_cos[:, :, start : start + T]
+        qkv = self.qkv(x)
+        whole_rows = cache is None and trace is None and (mask is None or first is not None)
+        if whole_rows and torch.is_grad_enabled() and native.usable(qkv):
+            norms: tuple[()] | tuple[Tensor, Tensor] = ()
+            if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+                norms = self.q_norm.weight, self.k_norm.weight
+            return self.resid_dropout(self.proj(native.attention(qkv, norms, sin, cos, self.H, NORM_EPS, first)))
+        q, k, v = qkv.view(B, T, 3, self.H, self.D).transpose(1, 3).unbind(2)  # each (B, H, T, D)
         q, k = apply_rope(self.q_norm(q), self.k_norm(k), sin, cos)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -152,7 +169,10 @@ class SwiGLU(nn.Module):
         self.resid_dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resid_dropout(self.fc_out(F.silu(self.fc_g(x)) * self.fc_a(x)))
+        gate, value = self.fc_g(x), self.fc_a(x)
+        if torch.is_grad_enabled() and native.usable(gate, value):
+            return self.resid_dropout(self.fc_out(native.swiglu(gate, value)))
+        return self.resid_dropout(self.fc_out(F.silu(gate) * value))
 
 
 class GeluMLP(nn.Module):
@@ -182,7 +202,12 @@ class Block(nn.Module):
         self.mlp = MLPS[arch.mlp_type](cfg, arch)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, trace: Trace | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        trace: Trace | None = None,
+        mask: Tensor | None = None,
+        first: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.attn(self.ln1(x), cache, trace, mask)
+        x = x + self.attn(self.ln1(x), cache, trace, mask, first)
         return x + self.mlp(self.ln2(x))

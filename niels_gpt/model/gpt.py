@@ -136,14 +136,15 @@ class GPT(nn.Module):
         if trace is not None and not 0 <= trace.layer < self.cfg.L:
             raise ValueError(f"trace_layer {trace.layer} is out of range: the model has layers 0..{self.cfg.L - 1}")
         mask = None if segment is None else segment_mask(segment)
+        first = None if segment is None or mask is None else first_seen(segment, mask)
         h = self.drop(self.tok_emb(x))
         for i, block in enumerate(self.blocks):
             layer_cache = cache.layer(i) if cache is not None else None
             layer_trace = trace if trace is not None and trace.layer == i else None
             if self.activation_checkpointing and self.training and cache is None:
-                h = checkpoint(block, h, None, layer_trace, mask, use_reentrant=False)
+                h = checkpoint(block, h, None, layer_trace, mask, first, use_reentrant=False)
             else:
-                h = block(h, layer_cache, layer_trace, mask)
+                h = block(h, layer_cache, layer_trace, mask, first)
         if cache is not None:
             cache.advance(x.shape[1])
         return self.ln_f(h)
@@ -162,3 +163,18 @@ def segment_mask(segment: Tensor) -> Tensor:
     T = segment.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=segment.device).tril()
     return (segment[:, None, :, None] == segment[:, None, None, :]) & causal
+
+
+def first_seen(segment: Tensor, mask: Tensor) -> Tensor | None:
+    """(B, T) int32: the first position that each sees by `segment_mask`; None where that is not all from there on.
+
+    On GPUs None as well: nobody asks for it there, and the check would make them wait.
+    """
+    if segment.device.type != "cpu":
+        return None
+    position = torch.arange(segment.shape[1])
+    begins = torch.ones_like(segment, dtype=torch.bool)
+    begins[:, 1:] = segment[:, 1:] != segment[:, :-1]
+    first = torch.where(begins, position, 0).cummax(dim=1).values
+    in_one_piece = torch.equal(mask.sum(dim=-1)[:, 0], position + 1 - first)
+    return first.int() if in_one_piece else None

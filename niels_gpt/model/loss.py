@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from niels_gpt.model.native import ops as native
+
 IGNORED = -100
 CHUNK_ROWS = 1024
 TINY = 1e-30  # the smallest probability whose logarithm is taken; that of a smaller one could be infinite
@@ -59,8 +61,14 @@ def _add_rows(h: Tensor, w: Tensor, target: Tensor, grad_h: Tensor | None, grad_
 
 def _add_rows_in_place(h: Tensor, w: Tensor, target: Tensor, grad_h: Tensor | None, grad_w: Tensor | None) -> Tensor:
     """The same for float32 on a CPU, where every row counts: each row of logits is read once, while in cache."""
-    index = target[:, None]
     logits = h @ w.t()
+    if native.usable(logits):
+        nats = native.cross_entropy_(logits, target)
+        if grad_h is not None and grad_w is not None:
+            torch.mm(logits, w, out=grad_h)
+            grad_w.addmm_(logits.t(), h)
+        return nats.sum()
+    index = target[:, None]
     probs = torch.softmax(logits, dim=1, out=logits)
     picked = probs.gather(1, index)[:, 0]  # (N,)
     nats = -picked.log()

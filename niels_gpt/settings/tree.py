@@ -121,6 +121,9 @@ class SftPhaseSettings(PhaseSettings):
 class TrainingSettings(Section):
     pretrain: PhaseSettings = section(PhaseSettings, "pretraining")
     sft: SftPhaseSettings = section(SftPhaseSettings, "fine-tuning")
+    native_kernels: bool = knob(
+        True, "train with compiled code on a CPU where a C++ compiler is found; false = PyTorch only"
+    )
     sft_share: float = knob(0.1, "fine-tuning's share of a pipeline's --minutes or --until", gt=0, lt=1)
 
     @field_validator("pretrain")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from niels_gpt.config import TrainConfig
 from niels_gpt.device import keep_freed_memory, resolve_device, use_deterministic_kernels
 from niels_gpt.eval import EvalResult
 from niels_gpt.files import sha256_file
+from niels_gpt.model.native import ops as native
 from niels_gpt.paths import ensure_dirs
 from niels_gpt.settings import PhaseSettings, ResolvedSettings, Settings, new_run_id, resolve_settings, tokenizer_file
 from niels_gpt.tokenizer import (
@@ -100,6 +102,9 @@ def start_phase(
         torch.set_float32_matmul_precision(reproducibility.torch_matmul_precision)
     if reproducibility.deterministic:
         use_deterministic_kernels()
+    native.switch(resolved.settings.training.native_kernels)
+    if chosen == "cpu" and resolved.settings.training.native_kernels and (reason := native.missing()) and world.is_main:
+        print(f"note: training with PyTorch only, which is slower: {reason}", file=sys.stderr)
     return Start(resolved, chosen, open_tokenizer(resolved.settings), resume, began, limit.deadline, world)
 
 

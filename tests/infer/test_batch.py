@@ -11,8 +11,8 @@ from niels_gpt.config import NEW, V1, V2, Architecture
 from niels_gpt.generate import Request, Sampling, stream_batch, stream_steps
 from niels_gpt.infer.batch import greedy_replies
 from niels_gpt.infer.engine import Engine
-from niels_gpt.infer.native import build
 from niels_gpt.model.gpt import GPT
+from niels_gpt.native import build
 from niels_gpt.tokenizer import ByteTokenizer
 from tests.varied import random_ids, varied_model
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from niels_gpt.config import NEW, V1, V2, Architecture
 from niels_gpt.infer.cache import KVCache, cache_for
 from niels_gpt.infer.engine import Engine, ragged_step
-from niels_gpt.infer.native import build
-from niels_gpt.infer.native.decoder import NativeDecoder, decoder_for
+from niels_gpt.infer.native.decoder import MAIN, NativeDecoder, _declared, decoder_for
 from niels_gpt.infer.steps import stream_steps
 from niels_gpt.model.gpt import GPT
+from niels_gpt.native import build
 from tests.test_generate import GREEDY
 from tests.varied import random_ids, varied_model
 
@@ -269,7 +269,7 @@ class TestBuild:
         (library,) = fresh_build.glob("*.so")
         build.load.cache_clear()
         monkeypatch.setattr(build, "compiler", lambda: pytest.fail("built again"))
-        assert isinstance(build.load(), ctypes.CDLL)
+        assert isinstance(build.load(MAIN, _declared), ctypes.CDLL)
         assert [p.suffix for p in sorted(fresh_build.iterdir())] in ([".lock", ".so"], [".so"]) and library.is_file()
 
     def test_without_a_compiler_pytorch_decodes(self, fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +282,7 @@ class TestBuild:
 
     def test_a_failing_compiler_is_quoted_and_leaves_nothing(self, fresh_build: Path, monkeypatch: Any) -> None:
         monkeypatch.setattr(build, "PLAIN_FLAGS", ("--no-such-flag",))
-        assert "no-such-flag" in str(build.load())
+        assert "no-such-flag" in str(build.load(MAIN, _declared))
         assert not list(fresh_build.glob("*.so*"))
 
     def test_a_folder_that_cannot_be_written_does_not_stop_it(

@@ -13,17 +13,19 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from niels_gpt.config import NEW
 from niels_gpt.infer.cache import KVCache
-from niels_gpt.infer.native import build
 from niels_gpt.model.blocks import NORM_EPS
 from niels_gpt.model.gpt import GPT
 from niels_gpt.model.rope import rope_cache
+from niels_gpt.native import build
 
+MAIN = Path(__file__).parent / "decoder.cpp"
 KINDS = {"fp32": 0, "fp16": 1, "int8": 2}
 HALF_MAX = 65504.0
 BYTES_PER_THREAD = 1 << 20  # of weights: below this a second thread costs more than it brings
@@ -42,7 +44,7 @@ class NativeDecoder:
 
     def __init__(self, model: GPT, weights: str = "fp32", threads: int | None = None) -> None:
         """weights: how matrices are stored, one of KINDS; norms, biases, embeddings and the cache stay float32."""
-        library = build.load()
+        library = build.load(MAIN, _declared)
         if isinstance(library, str):
             raise ValueError(library)
         cfg, arch = model.cfg, model.arch
@@ -110,6 +112,21 @@ class Decoded:
     def __init__(self, logits: Tensor, stats: Tensor) -> None:
         self.logits = logits
         self.logsumexp, self.entropy = stats.unbind(1)
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    library.decoder_new.restype = pointer
+    library.decoder_new.argtypes = [pointer, pointer, number, number]
+    library.decoder_step.restype = None
+    library.decoder_step.argtypes = [pointer, number, *[pointer] * 5, size, size, pointer, pointer]
+    library.decoder_free.restype = None
+    library.decoder_free.argtypes = [pointer]
+    library.decoder_read.restype = ctypes.c_float
+    library.decoder_read.argtypes = [pointer]
+    library.decoder_bytes.restype = size
+    library.decoder_bytes.argtypes = [pointer]
+    return library
 
 
 def _free(library: ctypes.CDLL, handle: int, pid: int) -> None:

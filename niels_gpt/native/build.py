@@ -1,4 +1,4 @@
-"""Compiles the native decoder on first use and keeps it in the user's cache folder; without a compiler there is none.
+"""Compiles C++ of this package on first use and keeps it in the user's cache folder; without a compiler there is none.
 
 A build is known by a hash of its sources, its flags and this machine's processor, so a new version or another machine
 sharing the home folder builds its own. Programs that start together wait for one build.
@@ -14,18 +14,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from niels_gpt import files
 
-SOURCES = Path(__file__).parent
-MAIN = "decoder.cpp"
+SHARED = Path(__file__).parent  # headers for all
 COMPILERS = ("c++", "g++", "clang++")
-PLAIN_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w")
-NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+# Loops become vectors only as far as no result changes: NaN and infinity survive.
+PLAIN_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w", "-fno-math-errno", "-fno-trapping-math")
+ARM = platform.machine() in ("arm64", "aarch64")
+NATIVE = "-mcpu=native" if ARM else "-march=native"
+# Where the compiler knows them: sums in the order of vectors where the code asks for it, and the widest vectors.
+WISHES = ("-fopenmp-simd", *(() if ARM else ("-mprefer-vector-width=512",)))
 LONGEST_BUILD = 300  # seconds
 
 
@@ -39,10 +42,10 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def load() -> ctypes.CDLL | str:
-    """The compiled library, or the reason why there is none. Tried once per process."""
+def load(main: Path, declare: Callable[[ctypes.CDLL], ctypes.CDLL]) -> ctypes.CDLL | str:
+    """The library compiled from `main`, its functions declared, or the reason why there is none. Tried once."""
     try:
-        return _declared(ctypes.CDLL(str(_built())))
+        return declare(ctypes.CDLL(str(_built(main))))
     except (OSError, RuntimeError, Timeout) as error:
         return str(error)
 
@@ -53,9 +56,9 @@ def compiler() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
-def _built() -> Path:
+def _built(main: Path) -> Path:
     """The library's file, made if need be. OSError or RuntimeError when it cannot be made."""
-    target = cache_folder() / f"decoder-{_fingerprint()}.so"
+    target = cache_folder() / f"{main.stem}-{_fingerprint(main)}.so"
     if target.is_file():
         return target
     found = compiler()
@@ -66,23 +69,23 @@ def _built() -> Path:
         with FileLock(target.with_suffix(".lock"), timeout=LONGEST_BUILD):
             if not target.is_file():
                 with files.replacing(target) as temporary:
-                    _compile(found, temporary)
+                    _compile(found, main, temporary)
         return target
     except (PermissionError, OSError) as error:
         if isinstance(error, Timeout):
             raise
         # No place in the home folder: this process builds its own, in a folder that is the user's alone.
         own = Path(tempfile.mkdtemp(prefix="niels-gpt-")) / target.name
-        _compile(found, own)
+        _compile(found, main, own)
         return own
 
 
-def _compile(found: str, target: Path) -> None:
+def _compile(found: str, main: Path, target: Path) -> None:
     if sys.stderr.isatty():
-        print("building the native decoder (once, some seconds) ...", file=sys.stderr, flush=True)
+        print(f"building the native {main.stem} (once, some seconds) ...", file=sys.stderr, flush=True)
     said = ""
-    for flags in ([NATIVE], []):  # an old compiler may not know this machine
-        command = [found, *PLAIN_FLAGS, *flags, "-o", str(target), str(SOURCES / MAIN)]
+    for flags in ([NATIVE, *WISHES], [NATIVE], []):  # an old compiler may not know this machine
+        command = [found, *PLAIN_FLAGS, *flags, f"-I{SHARED}", "-o", str(target), str(main)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_BUILD, check=False)
         except subprocess.TimeoutExpired:
@@ -93,9 +96,11 @@ def _compile(found: str, target: Path) -> None:
     raise RuntimeError(f"{found} failed: {said[:300]}")
 
 
-def _fingerprint() -> str:
-    parts = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
-    parts += [text.encode() for text in (*PLAIN_FLAGS, NATIVE, *_processor())]
+def _fingerprint(main: Path) -> str:
+    folders = (main.parent, SHARED)
+    sources = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".h", ".cpp")]
+    parts = [path.read_bytes() for path in sources]
+    parts += [text.encode() for text in (main.name, *PLAIN_FLAGS, NATIVE, *WISHES, *_processor())]
     return files.sha256_bytes(b"\0".join(parts))[:16]
 
 
@@ -110,18 +115,3 @@ def _processor() -> Iterator[str]:
             yield next((line for line in lines if line.startswith(name)), "")
     else:
         yield platform.processor()
-
-
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, number, size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-    library.decoder_new.restype = pointer
-    library.decoder_new.argtypes = [pointer, pointer, number, number]
-    library.decoder_step.restype = None
-    library.decoder_step.argtypes = [pointer, number, *[pointer] * 5, size, size, pointer, pointer]
-    library.decoder_free.restype = None
-    library.decoder_free.argtypes = [pointer]
-    library.decoder_read.restype = ctypes.c_float
-    library.decoder_read.argtypes = [pointer]
-    library.decoder_bytes.restype = size
-    library.decoder_bytes.argtypes = [pointer]
-    return library
