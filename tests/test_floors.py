@@ -28,6 +28,7 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
     4: ("eval", "generate", "chat", "hub", "recall", "summary", "export"),
     5: (
         "train",
+        "bench",
         "chat_cli",
         "cache.cli",
         "notes_cli",
@@ -47,6 +48,7 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
     ),
 }
 PROGRAMS = {
+    "bench.trial_cli",
     "train.run",
     "train.runs_cli",
     "chat_cli",
