@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -138,3 +139,19 @@ def memory_in_use(device: str) -> int:
     if device == "mps":
         return torch.mps.driver_allocated_memory()
     return psutil.Process().memory_info().rss
+
+
+def peak_memory(device: str) -> int:
+    """Bytes at the highest so far: `memory_in_use` on GPUs; on CPUs of this process since its program began."""
+    if device != "cpu":
+        return memory_in_use(device)
+    try:  # not getrusage: on Linux a new process begins with the peak of the one that started it
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -28,7 +28,7 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
     4: ("eval", "generate", "chat", "hub", "recall", "summary", "export"),
     5: (
         "train",
-        "plan",
+        "bench",
         "chat_cli",
         "cache.cli",
         "notes_cli",
@@ -45,9 +45,11 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
         "tokenizer.train_cli",
         "tokenizer.report",
         "tokenizer.sample",
+        "plan",
     ),
 }
 PROGRAMS = {
+    "bench.trial_cli",
     "train.run",
     "train.runs_cli",
     "chat_cli",
