@@ -68,6 +68,7 @@ PROGRAMS = {
     "tokenizer.train_cli",
     "tokenizer.report",
     "tokenizer.sample",
+    "plan.cli",
 }
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.stat().st_size > 200)
 
