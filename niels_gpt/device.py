@@ -45,6 +45,11 @@ def cpu_has_bf16() -> bool:
     return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
 
 
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Precision:
     """Autocast dtype (None = float32), whether gradients need a scaler, and why."""
@@ -78,7 +83,8 @@ def choose_precision(device: str, amp: bool | str, amp_dtype: str) -> Precision:
     if amp is False:
         return Precision(device, None, False, "switched off by settings")
     if amp == "auto":
-        return _automatic(device)
+        capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+        return automatic_precision(device, capability, cpu_bf16=device == "cpu" and cpu_has_bf16())
     if amp_dtype not in AMP_DTYPES:
         raise ValueError(f"unsupported amp_dtype {amp_dtype!r}; with amp on, choose one of {', '.join(AMP_DTYPES)}")
     dtype = AMP_DTYPES[amp_dtype]
@@ -89,14 +95,15 @@ def choose_precision(device: str, amp: bool | str, amp_dtype: str) -> Precision:
     return Precision(device, dtype, device == "cuda" and dtype is torch.float16, "asked for by settings")
 
 
-def _automatic(device: str) -> Precision:
+def automatic_precision(device: str, capability: tuple[int, int], *, cpu_bf16: bool) -> Precision:
+    """What "auto" is on a device of these abilities. capability: of a CUDA GPU."""
     if device == "cuda":
-        if torch.cuda.get_device_capability()[0] >= 8:
+        if capability >= (8, 0):
             return Precision(device, torch.bfloat16, False, "this GPU multiplies bf16 natively")
         return Precision(device, torch.float16, True, "this GPU has fp16 tensor cores but no bf16")
     if device == "mps":
         return Precision(device, None, False, "autocast is unstable on MPS")
-    if cpu_has_bf16():
+    if cpu_bf16:
         return Precision(device, torch.bfloat16, False, "this CPU multiplies bf16 natively")
     return Precision(device, None, False, "this CPU has no native bf16")
 
