@@ -12,6 +12,7 @@ COMMANDS = {
     "upload": ("niels_gpt.hub.upload", "publish a checkpoint on the Hugging Face hub, with a model card"),
     "train": ("niels_gpt.train.run", "pretrain, fine-tune or both, from a config"),
     "runs": ("niels_gpt.train.runs_cli", "what was trained here, how well, and where the time went"),
+    "doctor": ("niels_gpt.doctor.cli", "will training work on this machine? every choice with its reason, and a try"),
     "bench": ("niels_gpt.bench.sweep", "which model sizes train how fast here, and how large a batch fits"),
     "tokenizer": ("niels_gpt.tokenizer.train_cli", "train a tokenizer on files, sources or the mix of a config"),
     "cache": ("niels_gpt.cache.cli", "build, show and verify token caches"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +20,26 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def get_device() -> str:
-    """The best available device: cuda > mps > cpu."""
-    if torch.cuda.is_available():
+    """The best available device: cuda > mps > cpu. A GPU that this PyTorch has no code for does not count."""
+    if torch.cuda.is_available() and has_code_for(torch.cuda.get_device_capability(), cuda_code()):
         return "cuda"
     if torch.backends.mps.is_available() and torch.backends.mps.is_built():
         return "mps"
     return "cpu"
+
+
+def cuda_code() -> list[str]:
+    """What this PyTorch was compiled for, such as sm_90 or compute_90; [] where it does not say."""
+    try:
+        return list(torch.cuda.get_arch_list())
+    except (AttributeError, RuntimeError):
+        return []
+
+
+def has_code_for(capability: tuple[int, int], code: Sequence[str]) -> bool:
+    """Whether a GPU can run it: sm_XY as it is if X is its own and Y not above, compute_XY compiled if not above."""
+    known = [(kind, divmod(int(digits), 10)) for kind, digits in re.findall(r"\b(sm|compute)_(\d+)", " ".join(code))]
+    return not known or any(of <= capability and (kind == "compute" or of[0] == capability[0]) for kind, of in known)
 
 
 def resolve_device(name: str | None) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from niels_gpt.device import cpu_has_bf16, usable_cores
+from niels_gpt.device import cpu_has_bf16, cuda_code, has_code_for, usable_cores
 from niels_gpt.native import build
 
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -25,6 +25,7 @@ class Gpu:
     memory: int  # bytes in all
     free: int  # bytes
     capability: tuple[int, int]
+    usable: bool = True  # this PyTorch has code for it
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def _gpu() -> Gpu | None:
         return None
     properties = torch.cuda.get_device_properties(0)
     free, total = torch.cuda.mem_get_info(0)
-    return Gpu(properties.name, total, free, torch.cuda.get_device_capability(0))
+    capability = torch.cuda.get_device_capability(0)
+    return Gpu(properties.name, total, free, capability, has_code_for(capability, cuda_code()))
 
 
 def _container_limit() -> int | None:

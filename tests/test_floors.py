@@ -29,6 +29,7 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
     5: (
         "train",
         "bench",
+        "doctor",
         "chat_cli",
         "cache.cli",
         "notes_cli",
@@ -48,6 +49,7 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
     ),
 }
 PROGRAMS = {
+    "doctor.cli",
     "bench.sweep",
     "bench.trial_cli",
     "train.run",
