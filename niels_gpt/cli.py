@@ -13,6 +13,8 @@ COMMANDS = {
     "train": ("niels_gpt.train.run", "pretrain, fine-tune or both, from a config"),
     "plan": ("niels_gpt.plan.cli", "what the best model is that this machine can make in so many hours"),
     "runs": ("niels_gpt.train.runs_cli", "what was trained here, how well, and where the time went"),
+    "doctor": ("niels_gpt.doctor.cli", "will training work on this machine? every choice with its reason, and a try"),
+    "bench": ("niels_gpt.bench.sweep", "which model sizes train how fast here, and how large a batch fits"),
     "tokenizer": ("niels_gpt.tokenizer.train_cli", "train a tokenizer on files, sources or the mix of a config"),
     "cache": ("niels_gpt.cache.cli", "build, show and verify token caches"),
     "notes": ("niels_gpt.notes_cli", "see what would be learned from your own notes, then build their cache"),

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "niels_gpt"
 
 FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
-    0: ("paths", "files", "rng", "device", "special_tokens", "config", "native"),
+    0: ("paths", "files", "rng", "device", "machine", "special_tokens", "config", "native"),
     1: ("settings", "data.types"),
     2: (
         "tokenizer",
@@ -29,6 +29,7 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
     5: (
         "train",
         "bench",
+        "doctor",
         "chat_cli",
         "cache.cli",
         "notes_cli",
@@ -49,6 +50,8 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
     ),
 }
 PROGRAMS = {
+    "doctor.cli",
+    "bench.sweep",
     "bench.trial_cli",
     "train.run",
     "train.runs_cli",

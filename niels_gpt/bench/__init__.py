@@ -1,1 +1,1 @@
-"""What this machine trains how fast: one trial in a process of its own, a search for the largest microbatch, a sweep."""
+"""What this machine trains how fast: a trial in a process of its own, the search for a microbatch, a sweep of both."""

@@ -1,4 +1,4 @@
-"""What a trial measures: the step that `train` takes, on random tokens, so that nothing but model and optimizer counts."""
+"""What a trial measures: the step that `train` takes, on random tokens, so that only model and optimizer count."""
 
 from __future__ import annotations
 

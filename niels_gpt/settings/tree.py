@@ -164,11 +164,17 @@ class ModelDims(Section):
 
 
 DIMS = (ModelDims(), ModelDims(C=512, L=8, H=8), ModelDims(C=512, L=12, H=8))
+CPU_DIMS = (ModelDims(C=256, L=4, H=4),)
 
 
 class BenchmarkSettings(Section):
     candidate_T: Sizes = knob((512, 1024), "context lengths to try", min_length=1)
-    candidate_model_dims: Annotated[tuple[ModelDims, ...], Strict(False)] = knob(DIMS, "model sizes to try")
+    candidate_model_dims: Annotated[tuple[ModelDims, ...], Strict(False)] = knob(
+        DIMS, "model sizes to try, small ones first: below 16 GiB of GPU memory two of them, below 10 GiB one"
+    )
+    small_T: Sizes = knob((256, 512), "context lengths to try below 16 GiB of GPU memory", min_length=1)
+    cpu_T: Sizes = knob((128,), "context lengths to try on a CPU", min_length=1)
+    cpu_model_dims: Annotated[tuple[ModelDims, ...], Strict(False)] = knob(CPU_DIMS, "model sizes to try on a CPU")
     checkpointing_modes: Annotated[tuple[bool, ...], Strict(False)] = knob((False, True), "checkpointing off and on")
     timeout_s: float = knob(20.0, "longest trial, seconds", gt=0, le=86400)
     steps_warmup: int = knob(2, "untimed steps of a trial", ge=0, le=MANY)
