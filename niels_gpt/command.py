@@ -18,7 +18,8 @@ def exit_status(
     """Run a program's work and return its exit status: what `work` returns, or 0 for None.
 
     An exception in `expected` becomes `error: ...` on stderr and 1; Ctrl-C becomes 130, with the sentence `stopped`;
-    a reader of stdout that has gone becomes `reader_gone`, silently. Wrong usage is argparse's, and 2. Others are bugs: they pass.
+    a reader of stdout that has gone becomes `reader_gone`, silently.
+    Wrong usage is argparse's, and 2. Other exceptions are bugs: they pass.
     """
     try:
         status = work() or 0
