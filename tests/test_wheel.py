@@ -117,12 +117,9 @@ def test_an_installation_finds_its_files(unpacked: Path, tmp_path: Path) -> None
     assert said["texts"] > 1000 and said["chats"] > 1000 and said["stream"] > 100_000 and said["held out"] == 60
 
 
-def test_an_installation_chats_and_exports(unpacked: Path, tmp_path: Path, chat_checkpoint: Path) -> None:
+def test_an_installation_chats(unpacked: Path, tmp_path: Path, chat_checkpoint: Path) -> None:
     chat = ("chat", "--ckpt", str(chat_checkpoint), "--temperature", "0", "--system", "", "--prompt", "hi")
     assert python(unpacked, tmp_path, "-m", "niels_gpt.cli", *chat) == "hello \u2728 friend\n"
-    export = ("export", "hf", "--ckpt", str(chat_checkpoint), "--out", "exported")
-    python(unpacked, tmp_path, "-m", "niels_gpt.cli", *export)
-    assert (tmp_path / "exported" / "model.safetensors").is_file()
 
 
 @pytest.mark.soak
