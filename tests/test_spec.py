@@ -119,3 +119,27 @@ def test_what_decays() -> None:
     assert spared() == set()
     assert spared(decay_norm_and_bias=False) == vectors != set()
     assert spared(decay_embeddings=False) == {id(model.tok_emb.weight)}
+
+
+def texts_of_the_code() -> str:
+    """Every text in the package, its placeholders replaced by a blank line."""
+    found = []
+    for path in (ROOT / "niels_gpt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (v.value if isinstance(v, ast.Constant) else "\n\n" for v in node.values)
+                found.append("".join(str(part) for part in parts))
+    return "\n\n".join(found)
+
+
+def test_quoted_messages_are_those_of_the_code() -> None:
+    """What troubleshooting.md quotes in its first column; PATH, N, T and dots stand for what varies."""
+    text, said = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), texts_of_the_code()
+    cells = re.findall(r"^\| ([^|]*?) \|", text, flags=re.MULTILINE)
+    quoted = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    pieces = [p.strip(" :'") for message in quoted for p in re.split(r"\.\.\.|PATH|\b[NT]\b(?! or)|cuda", message)]
+    wanted = [piece.removeprefix("warning: ") for piece in pieces if len(piece) > 10]
+    assert len(wanted) > 12
+    assert not [piece for piece in wanted if piece not in said]

@@ -19,8 +19,8 @@ from niels_gpt.paths import PROJECT_ROOT as ROOT
 SOURCES = ("niels_gpt", "train", "scripts", "configs")
 SINGLE = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 PLACES = """
-import json
-from niels_gpt import paths
+import json, sys
+from niels_gpt import cli, paths
 from niels_gpt.chat import system_prompt
 from niels_gpt.quickstart import make_plan
 from niels_gpt.recall import held_out_questions
@@ -43,6 +43,8 @@ print(json.dumps({
     "stream": len(train["primer"]),
     "held out": len(held_out_questions(paths.shipped("data/primer_heldout.jsonl"))),
 }))
+chat = ["chat", "--ckpt", sys.argv[1], "--temperature", "0", "--system", "", "--prompt", "hi"]
+sys.exit(cli.main(chat))
 """
 
 
@@ -97,29 +99,28 @@ def test_the_wheel_holds_every_module_and_all_data_and_no_more(wheel: Path) -> N
     assert f"\nVersion: {niels_gpt.__version__}\n" in metadata
 
 
-def python(site: Path, cwd: Path, *arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+def test_an_installation_finds_its_files_and_chats(unpacked: Path, tmp_path: Path, chat_checkpoint: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(unpacked), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, "-c", PLACES, str(chat_checkpoint)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
-
-
-def test_an_installation_finds_its_files(unpacked: Path, tmp_path: Path) -> None:
     shipped = unpacked / "niels_gpt" / "shipped"
-    said = json.loads(python(unpacked, tmp_path, "-c", PLACES).splitlines()[-1])
+    places, reply, rest = done.stdout.partition("hello \u2728 friend\n")
+    assert reply and not rest
+    said = json.loads(places)
     assert said["root"] == str(shipped)
     assert said["profiles"] == sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
     assert said["pipeline"] == [str(shipped / "configs/pretrain.json"), str(shipped / "configs/sft.json")]
     assert said["V of byte.json"] == 256
     assert said["system"] == (ROOT / "configs/system_surly.txt").read_text(encoding="utf-8").strip()
     assert said["texts"] > 1000 and said["chats"] > 1000 and said["stream"] > 100_000 and said["held out"] == 60
-
-
-def test_an_installation_chats(unpacked: Path, tmp_path: Path, chat_checkpoint: Path) -> None:
-    chat = ("chat", "--ckpt", str(chat_checkpoint), "--temperature", "0", "--system", "", "--prompt", "hi")
-    assert python(unpacked, tmp_path, "-m", "niels_gpt.cli", *chat) == "hello \u2728 friend\n"
 
 
 @pytest.mark.soak
