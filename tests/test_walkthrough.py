@@ -26,7 +26,8 @@ def test_snippets_print_what_the_page_says(outputs: list[tuple[str, str]]) -> No
         if text is None:
             continue
         found, said = walkthrough.steady(walkthrough.chosen(printed, pattern)), walkthrough.steady(text)
-        assert NUMBER.sub("#", found) == NUMBER.sub("#", said), f"after\n{code}"
+        hint = f"after\n{code}\n(python -m tests.walkthrough writes what is printed into the page)"
+        assert NUMBER.sub("#", found) == NUMBER.sub("#", said), hint
         for ours, theirs in zip(NUMBER.findall(found), NUMBER.findall(said), strict=True):
             assert float(ours) == pytest.approx(float(theirs), rel=LOOSE, abs=0.02), f"after\n{code}\n{found}"
 
