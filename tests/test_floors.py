@@ -28,6 +28,7 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
     4: ("eval", "generate", "chat", "hub", "recall", "summary", "export"),
     5: (
         "train",
+        "plan",
         "chat_cli",
         "cache.cli",
         "notes_cli",
