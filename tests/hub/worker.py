@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,9 @@ def run_command(line: str, typed: str) -> int:
     try:
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # a module that was imported runs again as __main__
+                runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         elif arguments[0] == "-c":
             exec(arguments[1], {"__name__": "__main__"})
         else:
