@@ -1,8 +1,9 @@
 """Look for sentinel literals in files, before a builder refuses them: `python tools/scan_special_collisions.py`.
 
 Every file below the roots is searched as bytes, so that binary ones and any size do no harm; UTF-8 and UTF-16 are
-known, compressed files are not looked into. One line per colliding file, with its first literal. Exit status: 0 none
-found, 1 found some or could not read a file, 2 wrong usage.
+known, compressed files are not looked into. Files of a tokenizer, which have to name its sentinels, are passed over.
+One line per colliding file, with its first literal. Exit status: 0 none found, 1 found some or could not read a file,
+2 wrong usage.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from niels_gpt.special_tokens import SPECIAL_TOKENS, find_special_collision
 
 ENCODINGS = ("utf-8", "utf-16-le", "utf-16-be")
+TOKENIZER_FILES = frozenset({"spm.model", "spm.vocab", "tokenizer_meta.json"})
 SNIPPET_BYTES = 400
 _LITERAL = re.compile(b"|".join(re.escape(s.encode(e)) for e in ENCODINGS for s in SPECIAL_TOKENS.values()))
 
@@ -38,7 +40,7 @@ class Found(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.path}: token={self.token} byte_offset={self.byte_offset} char_offset={self.char_offset} "
-            f"snippet={self.snippet!r} count={self.count}"
+            f"snippet={self.snippet!r}"
         )
 
 
@@ -67,14 +69,15 @@ def _encoding(literal: bytes) -> str:
 
 
 def files_below(roots: Sequence[Path]) -> Iterator[Path]:
-    """Every regular file of the roots once, in order; links to folders are not followed."""
+    """Every regular file of the roots once, in order, but for tokenizers; links to folders are not followed."""
     seen: set[Path] = set()
     for root in roots:
         below = (
             [root] if root.is_file() else (Path(d) / n for d, _, names in sorted(os.walk(root)) for n in sorted(names))
         )
         for path in below:
-            if path.is_file() and (place := path.resolve()) not in seen:
+            is_text = path.name not in TOKENIZER_FILES or path in roots
+            if is_text and path.is_file() and (place := path.resolve()) not in seen:
                 seen.add(place)
                 yield path
 

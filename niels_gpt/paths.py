@@ -1,4 +1,4 @@
-"""Where things live. Working folders are relative to the current directory; shipped data lies beside the package.
+"""Where things live. Working folders are relative to the current directory; shipped files lie beside or in the package.
 
 Constants are read at call time everywhere, so a test or a program may point them elsewhere.
 """
@@ -13,7 +13,9 @@ CHECKPOINT_DIR = Path("checkpoints")
 RUNS_DIR = Path("runs")
 CONFIG_DIR = Path("configs")
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent
+# What holds the shipped configs/ and data/: the checkout, or of an installed wheel the folder that setup.py put there.
+PROJECT_ROOT = _PACKAGE.parent if (_PACKAGE.parent / "pyproject.toml").is_file() else _PACKAGE / "shipped"
 
 
 def ensure_dirs() -> None:
@@ -26,8 +28,13 @@ def shipped(relative: str) -> Path:
     """A file that comes with the project, such as `data/primer.txt`; FileNotFoundError says what to do."""
     path = PROJECT_ROOT / relative
     if not path.is_file():
-        raise FileNotFoundError(f"{relative} is missing from this installation ({path}); run from a full checkout")
+        raise FileNotFoundError(f"{relative} is missing from this installation ({path}); install niels-gpt again")
     return path
+
+
+def find(path: str | os.PathLike[str]) -> Path | None:
+    """The file of this name under the current directory, else the one that comes with the project, else None."""
+    return next((found for found in (Path(path), PROJECT_ROOT / path) if found.is_file()), None)
 
 
 def state_dir() -> Path:

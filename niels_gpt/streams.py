@@ -195,7 +195,7 @@ def _without_secrets(texts: Iterable[str], notes: NotesSettings) -> Iterator[str
 
 
 def _primer(cfg: StreamBuildConfig, split: str) -> _Recipe:
-    path = next((p for p in (Path(cfg.primer_path), paths.PROJECT_ROOT / cfg.primer_path) if p.is_file()), None)
+    path = paths.find(cfg.primer_path)
     if path is None:
         raise FileNotFoundError(f"there is no {cfg.primer_path}")
     found, stat = path.resolve(), path.stat()

@@ -31,6 +31,7 @@ def test_one_line_per_colliding_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert lines[0].startswith(f"{tmp_path / 'b.bin'}: token={EOT} byte_offset=100 char_offset=100 snippet='{EOT}")
     path = tmp_path / "deep" / ".hidden" / "a.md"
     assert lines[1].startswith(f"{path}: token={USR} byte_offset=7 char_offset=6 snippet='{USR} tail ")
+    assert all(line.endswith("'") for line in lines)
     assert "4 files scanned" in said.err
 
 
@@ -38,6 +39,14 @@ def test_nothing_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     (tmp_path / "a.txt").write_text("hello")
     assert main(["--roots", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "no special token collisions detected.\n"
+
+
+def test_a_tokenizer_names_its_sentinels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("spm.model", "spm.vocab", "tokenizer_meta.json"):
+        (tmp_path / name).write_text(EOT)
+    assert main(["--roots", str(tmp_path)]) == 0
+    assert main(["--roots", str(tmp_path), str(tmp_path / "spm.vocab")]) == 1  # asked for by name
+    assert capsys.readouterr().out.count("token=") == 1
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16"])

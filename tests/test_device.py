@@ -132,3 +132,10 @@ def test_deterministic_kernels_can_be_asked_for(monkeypatch: pytest.MonkeyPatch)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_forcing_amp_on_mps_warns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not choose_precision("mps", "auto", "fp16").needs_scaler
+    assert capsys.readouterr().err == ""
+    assert choose_precision("mps", True, "fp16").name == "fp16"
+    assert "AMP on MPS is known to make losses diverge; set amp to false" in capsys.readouterr().err

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from niels_gpt.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_map_has_every_file_and_no_other() -> None:
@@ -46,3 +48,12 @@ def test_commands_exist(document: Path) -> None:
 def test_no_placeholder_is_left() -> None:
     for document in DOCUMENTS:
         assert not re.search(r"@@|TODO|TBD", document.read_text(encoding="utf-8")), document.name
+
+
+def test_ci_runs_the_whole_proof_everywhere() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    matrix = job["strategy"]["matrix"]
+    assert {system.partition("-")[0] for system in matrix["os"]} == {"ubuntu", "macos"}
+    assert set(matrix["python"]) == {"3.11", "3.12"}
+    assert job["steps"][-1]["run"] == ".ci/run" and os.access(ROOT / ".ci/run", os.X_OK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,14 @@ def test_they_are_built_again_only_when_something_changed(wiki: dict[str, list[s
     assert rebuilt() == {f"{name}_{split}.bin" for name in ("roam", "primer") for split in SPLITS}
     build_streams(replace(cfg, seed=43, force_rebuild=True))
     assert len(rebuilt()) == 6
+
+
+def test_deleted_streams_are_built_again() -> None:
+    build_sources(config("roam"))
+    before = written()
+    shutil.rmtree("streams")
+    build_sources(config("roam"))
+    assert {name: content for name, (content, _) in written().items()} == {n: c for n, (c, _) in before.items()}
 
 
 @pytest.mark.parametrize("mode", ["mask", "skip", "keep"])

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from niels_gpt import paths
 from niels_gpt.data.primer import read_chat_jsonl, split_primer_text
 from niels_gpt.data.text import read_text
 from niels_gpt.data.types import Chat, Document
 from niels_gpt.files import sha256_file
-from niels_gpt.paths import PROJECT_ROOT
 from niels_gpt.settings import Settings
 
 NAME = "primer"
@@ -62,7 +62,7 @@ def find_jsonl(settings: Settings) -> Path:
 
 
 def _find(path: str, setting: str) -> Path:
-    for candidate in (Path(path), PROJECT_ROOT / path):
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(f"there is no primer file {path}; set {setting} to where it is")
+    found = paths.find(path)
+    if found is None:
+        raise FileNotFoundError(f"there is no primer file {path}; set {setting} to where it is")
+    return found

@@ -118,20 +118,18 @@ def main(argv: list[str] | None = None) -> int:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--check", action="store_true", help="exit 1 if the file is stale, write nothing")
     how.add_argument("--print", action="store_true", help="print the page, write nothing")
-    parser.add_argument(
-        "--out", type=Path, default=paths.PROJECT_ROOT / DOC, help="where to (default: docs/settings.md)"
-    )
+    parser.add_argument("--out", type=Path, help="where to (default: docs/settings.md; outside a checkout, the screen)")
     args = parser.parse_args(argv)
-    page = document()
-    if args.print:
+    page, out = document(), args.out or paths.PROJECT_ROOT / DOC
+    if args.print or (args.out is None and not out.parent.is_dir()):
         print(page, end="")
         return 0
     if args.check:
-        if args.out.is_file() and args.out.read_text(encoding="utf-8") == page:
+        if out.is_file() and out.read_text(encoding="utf-8") == page:
             return 0
-        print(f"error: {args.out} is stale; run python -m niels_gpt.settings.doc", file=sys.stderr)
+        print(f"error: {out} is stale; run python -m niels_gpt.settings.doc", file=sys.stderr)
         return 1
-    files.write_text(args.out, page)
+    files.write_text(out, page)
     return 0
 
 

@@ -56,9 +56,9 @@ def load_overrides(source: str | os.PathLike[str] | Mapping[str, Any] | None) ->
 def _read_object(source: Any) -> Any:
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"overrides must be a dict or the path of a JSON file, not {type(source).__name__}")
-    path = Path(source)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no config file {path}; see configs/ for examples")
+    path = paths.find(source)
+    if path is None:
+        raise FileNotFoundError(f"no config file {os.fspath(source)}; see configs/ for examples")
     return files.read_json(path)
 
 
@@ -197,10 +197,7 @@ def new_run_id() -> str:
 
 def tokenizer_file(tokenizer: TokenizerSettings) -> Path | None:
     """The model file: `model_path` under the current directory, else beside the package; None if there is none."""
-    if tokenizer.type == "byte":
-        return None
-    candidates = (Path(tokenizer.model_path), paths.PROJECT_ROOT / tokenizer.model_path)
-    return next((path for path in candidates if path.is_file()), None)
+    return None if tokenizer.type == "byte" else paths.find(tokenizer.model_path)
 
 
 def _tokenizer_sha256(tokenizer: TokenizerSettings) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from niels_gpt import checkpoint as ckpt
-from niels_gpt import files
+from niels_gpt import files, paths
 from niels_gpt.settings import resolve_settings
 from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.pretrain import run_pretrain
@@ -20,6 +20,7 @@ Config = Path | Mapping[str, Any]
 KEYS = {"pretrain_config_path", "sft_config_path"}
 
 
+<<<<<<< HEAD
 def pipeline_configs(config: str | Path | Mapping[str, Any]) -> tuple[Config, Config]:
     """The two config files a pipeline names, relative to the current folder or to the pipeline's own.
 
@@ -27,6 +28,11 @@ def pipeline_configs(config: str | Path | Mapping[str, Any]) -> tuple[Config, Co
     """
     if isinstance(config, Mapping):
         return config, config
+=======
+def pipeline_configs(config: str | Path) -> tuple[Path, Path]:
+    """The two config files a pipeline names, relative to the current folder or to the pipeline's own."""
+    config = paths.find(config) or config
+>>>>>>> spec
     content = files.read_json(config)
     keys = set(content) - {"_why"} if isinstance(content, dict) else set()
     if keys != KEYS:

@@ -14,9 +14,12 @@ import io
 import itertools
 import json
 import os
+import runpy
+import shlex
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,8 @@ def _answer(question: dict[str, Any]) -> Any:
     huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT = question.get("timeout", 10)
     if question.get("forget", True):
         hub.forget()
+    if question["do"] == "command":
+        return _command(question["line"], question["cwd"], question["typed"], question.get("token"))
     settings = validate_overrides({"data": question.get("data", {}), **question.get("settings", {})})
     take = question.get("take")
     if question["do"] == "round_trip":
@@ -117,6 +122,41 @@ def _program(module: str, argv: list[str], cwd: str, token: str | None) -> int:
         os.environ["HF_TOKEN"] = token
     status: int = importlib.import_module(module).main(argv)
     return status
+
+
+def _command(line: str, cwd: str, typed: str, token: str | None) -> int:
+    os.chdir(cwd)
+    os.environ.pop("HF_TOKEN", None)
+    if token is not None:
+        os.environ["HF_TOKEN"] = token
+    return run_command(line, typed)
+
+
+def run_command(line: str, typed: str) -> int:
+    """The exit status of `python ...` or `niels-gpt ...`, run in this process; `typed` is its standard input."""
+    program, *arguments = shlex.split(line)
+    if program == "niels-gpt":
+        arguments = ["-m", "niels_gpt.cli", *arguments]
+    elif program != "python":
+        raise ValueError(f"not a command of this project: {line}")
+    before = sys.argv, sys.stdin, sys.path[:]
+    sys.stdin = io.StringIO(typed)
+    try:
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # a module that was imported runs again as __main__
+                runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            exec(arguments[1], {"__name__": "__main__"})
+        else:
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    finally:
+        sys.argv, sys.stdin, sys.path[:] = before
+    return 0
 
 
 def _serve() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from niels_gpt import paths
 from niels_gpt.settings import Settings
 from niels_gpt.settings import doc as settings_doc
 from niels_gpt.settings.errors import leaf_paths
@@ -40,4 +41,12 @@ def test_a_stale_page_fails_and_is_rewritten(tmp_path: Path, capsys: pytest.Capt
 
 def test_print_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert settings_doc.main(["--print", "--out", str(tmp_path / "x.md")]) == 0
+    assert capsys.readouterr().out == settings_doc.document() and not list(tmp_path.iterdir())
+
+
+def test_an_installation_prints_instead_of_writing_into_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(paths, "PROJECT_ROOT", tmp_path)
+    assert settings_doc.main([]) == 0
     assert capsys.readouterr().out == settings_doc.document() and not list(tmp_path.iterdir())

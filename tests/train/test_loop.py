@@ -40,6 +40,9 @@ def test_both_phases_train_and_return_what_they_promise(world: dict[str, Any], c
     assert "[pretrain] step 1/12 | lr 0.000000 | train_loss 6." in out
     assert "[pretrain] val_primer_loss " in out and "new best checkpoint at step" in out
     assert f"sft init from {pretrained['best_path']}" in out and "| val_pretrain n/a | val_sft n/a" in out
+    both = {"final_step", "best_val_loss", "latest_path", "best_path", "tokens_seen", "seconds"}
+    assert set(pretrained) == both | {"last_val_loss"}
+    assert set(tuned) == both | {"last_val_pretrain_loss", "last_val_sft_loss"}
     assert pretrained["final_step"] == tuned["final_step"] == 12
     assert pretrained["last_val_loss"] < 6.2 and tuned["last_val_sft_loss"] < pretrained["last_val_loss"]
     for name in ("latest.pt", "best.pt"):
