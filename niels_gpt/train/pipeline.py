@@ -20,7 +20,6 @@ Config = Path | Mapping[str, Any]
 KEYS = {"pretrain_config_path", "sft_config_path"}
 
 
-<<<<<<< HEAD
 def pipeline_configs(config: str | Path | Mapping[str, Any]) -> tuple[Config, Config]:
     """The two config files a pipeline names, relative to the current folder or to the pipeline's own.
 
@@ -28,11 +27,7 @@ def pipeline_configs(config: str | Path | Mapping[str, Any]) -> tuple[Config, Co
     """
     if isinstance(config, Mapping):
         return config, config
-=======
-def pipeline_configs(config: str | Path) -> tuple[Path, Path]:
-    """The two config files a pipeline names, relative to the current folder or to the pipeline's own."""
     config = paths.find(config) or config
->>>>>>> spec
     content = files.read_json(config)
     keys = set(content) - {"_why"} if isinstance(content, dict) else set()
     if keys != KEYS:
