@@ -11,6 +11,7 @@ COMMANDS = {
     "download": ("niels_gpt.hub.download", "bring a published checkpoint here from the Hugging Face hub"),
     "upload": ("niels_gpt.hub.upload", "publish a checkpoint on the Hugging Face hub, with a model card"),
     "train": ("niels_gpt.train.run", "pretrain, fine-tune or both, from a config"),
+    "plan": ("niels_gpt.plan.cli", "what the best model is that this machine can make in so many hours"),
     "runs": ("niels_gpt.train.runs_cli", "what was trained here, how well, and where the time went"),
     "doctor": ("niels_gpt.doctor.cli", "will training work on this machine? every choice with its reason, and a try"),
     "bench": ("niels_gpt.bench.sweep", "which model sizes train how fast here, and how large a batch fits"),

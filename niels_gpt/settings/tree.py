@@ -183,6 +183,37 @@ class BenchmarkSettings(Section):
     seed: int = knob(42, "seed of a trial", ge=0, le=MAX_INT64)
 
 
+PLAN_SIZES = tuple(
+    ModelDims(C=width, L=layers, H=max(1, width // 64))
+    for width, layers in (
+        (64, 2),
+        (96, 2),
+        (128, 3),
+        (128, 4),
+        (192, 4),
+        (256, 4),
+        (256, 6),
+        (320, 6),
+        (384, 8),
+        (512, 8),
+        (640, 10),
+        (768, 12),
+        (1024, 16),
+    )
+)
+
+
+class PlanSettings(Section):
+    sizes: Annotated[tuple[ModelDims, ...], Strict(False)] = knob(
+        PLAN_SIZES, "models a plan chooses from", min_length=1
+    )
+    dropouts: Annotated[tuple[float, ...], Strict(False)] = knob(
+        (0.0, 0.1, 0.2), "dropout probabilities a plan chooses from", min_length=1
+    )
+    probe_s: float = knob(60.0, "longest measurement before a plan, seconds", gt=0, le=3600)
+    shown: int = knob(6, "candidates a plan shows", ge=1, le=100)
+
+
 class ReproducibilitySettings(Section):
     torch_num_threads: int | None = knob(None, "CPU threads of PyTorch; null = its own choice", ge=1, le=4096)
     torch_matmul_precision: MatmulPrecision | None = knob(None, "float32 matmul precision; null = PyTorch's default")
@@ -202,6 +233,7 @@ class Settings(Section):
     sft_format: SftFormatSettings = section(SftFormatSettings, "how chats become rows")
     generation: GenerationSettings = section(GenerationSettings, "how it answers")
     benchmark: BenchmarkSettings = section(BenchmarkSettings, "what the benchmark tries")
+    plan: PlanSettings = section(PlanSettings, "what `niels-gpt plan` chooses from")
     reproducibility: ReproducibilitySettings = section(ReproducibilitySettings, "threads and buffers")
 
     @model_validator(mode="after")
