@@ -6,6 +6,7 @@ import errno
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +57,10 @@ def test_a_reader_that_has_gone_is_no_traceback() -> None:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.wait(timeout=60) == 1 and process.stderr.read() == b""
+
+
+def test_the_compiler_is_imported_by_those_who_compile_only() -> None:
+    """It takes as long to import as PyTorch itself, and every start of a program would wait for it."""
+    script = "import sys, niels_gpt.chat_cli, niels_gpt.train.run; sys.exit('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 0

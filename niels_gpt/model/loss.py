@@ -83,7 +83,6 @@ def _add_rows_in_place(h: Tensor, w: Tensor, target: Tensor, grad_h: Tensor | No
     return nats.sum()
 
 
-@torch.compiler.disable
 def cross_entropy_sum(h: Tensor, weight: Tensor, target: Tensor, chunk: int | None = None) -> Tensor:
     """Sum over rows of -log softmax(h @ weight.T)[target], in nats, as a 0-d float32 tensor.
 
