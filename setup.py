@@ -11,7 +11,7 @@ setup(
     packages=[*find_packages(include=["niels_gpt*", "train*", "scripts*"]), *SHIPPED],
     package_dir={**SHIPPED},
     package_data={
-        "niels_gpt": ["native/*.h", "*/native/*.h", "*/native/*.cpp"],
+        "niels_gpt": ["plan/*.json", "native/*.h", "*/native/*.h", "*/native/*.cpp"],
         "niels_gpt.shipped.configs": ["*.json", "*.txt"],
         # by name: data/ is also where a working copy keeps caches and notes
         "niels_gpt.shipped.data": ["primer.txt", "primer.jsonl", "primer_heldout.jsonl", "public_facts.json"],

@@ -36,7 +36,7 @@ OPTIMIZER_KEYWORDS = frozenset({"lr", "betas", "eps", "weight_decay"})
 SENTINEL_PREFIX = SPECIAL_TOKENS["sys"].partition("sys")[0]
 COMMON_NAMES = frozenset({"type", "name", "path", "config", "split", "shuffle", "optimizer"})
 # Knobs and sections whose readers are still to be written. A name goes from here when all of it is read.
-AWAITED: tuple[str, ...] = ("benchmark",)
+AWAITED: tuple[str, ...] = ()
 # Records that carry a section's values under the same field names.
 OTHER_NAMES = {"training": ("train_cfg", "TrainConfig"), "model": ("model_cfg", "ModelConfig", "arch", "Architecture")}
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -17,12 +20,26 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def get_device() -> str:
-    """The best available device: cuda > mps > cpu."""
-    if torch.cuda.is_available():
+    """The best available device: cuda > mps > cpu. A GPU that this PyTorch has no code for does not count."""
+    if torch.cuda.is_available() and has_code_for(torch.cuda.get_device_capability(), cuda_code()):
         return "cuda"
     if torch.backends.mps.is_available() and torch.backends.mps.is_built():
         return "mps"
     return "cpu"
+
+
+def cuda_code() -> list[str]:
+    """What this PyTorch was compiled for, such as sm_90 or compute_90; [] where it does not say."""
+    try:
+        return list(torch.cuda.get_arch_list())
+    except (AttributeError, RuntimeError):
+        return []
+
+
+def has_code_for(capability: tuple[int, int], code: Sequence[str]) -> bool:
+    """Whether a GPU can run it: sm_XY as it is if X is its own and Y not above, compute_XY compiled if not above."""
+    known = [(kind, divmod(int(digits), 10)) for kind, digits in re.findall(r"\b(sm|compute)_(\d+)", " ".join(code))]
+    return not known or any(of <= capability and (kind == "compute" or of[0] == capability[0]) for kind, of in known)
 
 
 def resolve_device(name: str | None) -> str:
@@ -42,6 +59,11 @@ def cpu_has_bf16() -> bool:
     """True where the CPU multiplies bf16 natively (AVX512-BF16 or AMX); elsewhere bf16 is emulated and 18x slower."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +99,8 @@ def choose_precision(device: str, amp: bool | str, amp_dtype: str) -> Precision:
     if amp is False:
         return Precision(device, None, False, "switched off by settings")
     if amp == "auto":
-        return _automatic(device)
+        capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+        return automatic_precision(device, capability, cpu_bf16=device == "cpu" and cpu_has_bf16())
     if amp_dtype not in AMP_DTYPES:
         raise ValueError(f"unsupported amp_dtype {amp_dtype!r}; with amp on, choose one of {', '.join(AMP_DTYPES)}")
     dtype = AMP_DTYPES[amp_dtype]
@@ -88,14 +111,15 @@ def choose_precision(device: str, amp: bool | str, amp_dtype: str) -> Precision:
     return Precision(device, dtype, device == "cuda" and dtype is torch.float16, "asked for by settings")
 
 
-def _automatic(device: str) -> Precision:
+def automatic_precision(device: str, capability: tuple[int, int], *, cpu_bf16: bool) -> Precision:
+    """What "auto" is on a device of these abilities. capability: of a CUDA GPU."""
     if device == "cuda":
-        if torch.cuda.get_device_capability()[0] >= 8:
+        if capability >= (8, 0):
             return Precision(device, torch.bfloat16, False, "this GPU multiplies bf16 natively")
         return Precision(device, torch.float16, True, "this GPU has fp16 tensor cores but no bf16")
     if device == "mps":
         return Precision(device, None, False, "autocast is unstable on MPS")
-    if cpu_has_bf16():
+    if cpu_bf16:
         return Precision(device, torch.bfloat16, False, "this CPU multiplies bf16 natively")
     return Precision(device, None, False, "this CPU has no native bf16")
 
@@ -138,3 +162,19 @@ def memory_in_use(device: str) -> int:
     if device == "mps":
         return torch.mps.driver_allocated_memory()
     return psutil.Process().memory_info().rss
+
+
+def peak_memory(device: str) -> int:
+    """Bytes at the highest so far: `memory_in_use` on GPUs; on CPUs of this process since its program began."""
+    if device != "cpu":
+        return memory_in_use(device)
+    try:  # not getrusage: on Linux a new process begins with the peak of the one that started it
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

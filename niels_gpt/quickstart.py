@@ -9,35 +9,26 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt import files, paths
-from niels_gpt.cache.pretrain import build_pretrain
-from niels_gpt.cache.sft import build_sft
 from niels_gpt.chat import build_options, run_chat, system_prompt
-from niels_gpt.data.registry import get_source
 from niels_gpt.device import get_device
-from niels_gpt.settings import Settings, load_overrides, validate_overrides
+from niels_gpt.plan.recipe import seeded, tuned, with_minutes
+from niels_gpt.settings import Settings, validate_overrides
 from niels_gpt.summary import Summary, measure, show
-from niels_gpt.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
 from niels_gpt.train.loop import Interrupted
+from niels_gpt.train.prepare import make_caches, make_tokenizer, set_other_runs_aside, step
 from niels_gpt.train.pretrain import run_pretrain
-from niels_gpt.train.sft import run_sft, sft_fingerprint
-from niels_gpt.train.start import fingerprint
+from niels_gpt.train.sft import run_sft
 
-CONFIG = "configs/quickstart.json"
-SFT_SHARE = 0.6  # of the training budget; tuned in docs/log.md
 SMALLEST_BUDGET = 0.05  # minutes
 
 
@@ -52,11 +43,7 @@ class Plan:
 
 def make_plan(minutes: float, seed: int) -> Plan:
     """The shipped quickstart settings with this budget and seed; paths are relative to the current folder."""
-    overrides = load_overrides(paths.shipped(CONFIG))
-    for phase, share in (("pretrain", 1 - SFT_SHARE), ("sft", SFT_SHARE)):
-        overrides["training"][phase] |= {"minutes": minutes * share, "seed": seed}
-    for source, key in (("chitchat", "split_seed"), ("primer", "seed")):
-        overrides["data"][source] = {**overrides["data"].get(source, {}), key: seed}
+    overrides = with_minutes(seeded(tuned(), seed), minutes)
     return Plan(overrides, validate_overrides(overrides), seed)
 
 
@@ -95,15 +82,15 @@ def _run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     plan = make_plan(args.minutes, args.seed)
     console.print(f"niels-gpt quickstart: {args.minutes:g} minutes of training in {Path.cwd()}", markup=False)
-    tokenizer = _step(console, "1/5 tokenizer", lambda say: make_tokenizer(plan, say))
-    _step(console, "2/5 caches", lambda say: make_caches(plan, tokenizer, say))
+    tokenizer = step(console, "1/5 tokenizer", lambda say: make_tokenizer(plan.settings, plan.seed, say))
+    step(console, "2/5 caches", lambda say: make_caches(plan.settings, plan.seed, tokenizer, say))
     began = time.perf_counter()
     trained = train_both(plan, console)
     seconds = time.perf_counter() - began
     best = paths.CHECKPOINT_DIR / "best.pt"
     loaded = ckpt.load_model(best, device=get_device())
     system = system_prompt()
-    summary: Summary = _step(console, "5/5 summary", lambda say: measure(loaded, plan.settings, trained, system, say))
+    summary: Summary = step(console, "5/5 summary", lambda say: measure(loaded, plan.settings, trained, system, say))
     show(console, summary, seconds)
     if not args.no_chat and sys.stdin.isatty() and sys.stdout.isatty():
         console.print("\nChat with it (/help for commands, /exit to leave):", markup=False)
@@ -111,99 +98,15 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-Say = Callable[[str], None]
-
-
-def _step(console: Console, title: str, work: Callable[[Say], Any]) -> Any:
-    """Run one step with a spinner and elapsed time on a terminal, and one line that says what came of it."""
-    began = time.perf_counter()
-    outcome: list[str] = []
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-
-        def say(text: str) -> None:
-            outcome[:] = [text]
-            bar.update(task, description=f"{title}: {text}")
-
-        result = work(say)
-    console.print(f"[{title}] {outcome[0] if outcome else 'done'} ({time.perf_counter() - began:.1f} s)", markup=False)
-    return result
-
-
-def make_tokenizer(plan: Plan, say: Say) -> SentencePieceTokenizer:
-    """Train the tokenizer on the training documents of the mix, or use the one that is there and still right."""
-    settings = plan.settings
-    path = Path(settings.tokenizer.model_path)
-    meta_path = path.with_name("tokenizer_meta.json")
-    sources = {name: get_source(name).describe(settings, "pretrain") for name in sorted(settings.data.mix_pretrain)}
-    wanted = {"sources": sources, "asked_vocab_size": settings.tokenizer.vocab_size}
-    if path.is_file() and meta_path.is_file():
-        meta = files.read_json(meta_path)
-        if {key: meta.get(key) for key in wanted} == wanted and meta.get("tokenizer_sha256") == files.sha256_file(path):
-            say(f"reused {path}")
-            return load_tokenizer(path)
-    say("reading text")
-    texts = (document.text for name in sources for document in (get_source(name).documents or _none)(settings, "train"))
-    train_tokenizer(texts, path.parent, vocab_size=settings.tokenizer.vocab_size, seed=plan.seed, sources=wanted)
-    tokenizer = load_tokenizer(path)
-    say(f"{tokenizer.vocab_size:,} pieces, in {path}")
-    return tokenizer
-
-
-def _none(settings: Settings, split: str) -> Any:
-    return iter(())
-
-
-def make_caches(plan: Plan, tokenizer: SentencePieceTokenizer, say: Say) -> None:
-    """Build the token caches of both phases; each is kept if data, split and tokenizer are the same."""
-    settings = plan.settings
-    caches, reused, tokens = settings.data.caches, 0, 0
-    for name in sorted(settings.data.mix_pretrain):
-        say(f"{name} text")
-        meta = build_pretrain(settings, tokenizer, name, root=caches.pretrain_token_cache, seed=plan.seed)
-        reused += bool(meta.get("reused"))
-        tokens += meta["train_tokens"]
-    for name in sorted(settings.data.mix_sft):
-        say(f"{name} chats")
-        meta = build_sft(settings, tokenizer, name, root=caches.sft_token_cache, seed=plan.seed)
-        reused += bool(meta.get("reused"))
-    total = len(settings.data.mix_pretrain) + len(settings.data.mix_sft)
-    kept = f", {reused} of {total} caches reused" if reused else ""
-    say(f"{tokens:,} tokens to pretrain on{kept}")
-
-
 def train_both(plan: Plan, console: Console) -> dict[str, dict[str, Any]]:
     """Pretrain, then fine-tune from the best; a finished or interrupted run with the same settings is taken up."""
-    usable = _same_run(plan)
-    if not usable and paths.CHECKPOINT_DIR.is_dir():
-        aside = paths.CHECKPOINT_DIR.with_name(f"checkpoints-{datetime.now():%Y%m%d-%H%M%S}")
-        shutil.move(paths.CHECKPOINT_DIR, aside)
-        console.print(f"checkpoints of other settings or data moved to {aside}", markup=False)
+    set_other_runs_aside(plan.settings, console)
     budgets = {p: getattr(plan.settings.training, p).minutes for p in ("pretrain", "sft")}
     console.print(f"[3/5 pretraining] {budgets['pretrain']:.2f} minutes", markup=False)
     pretrain = run_pretrain(plan.overrides)
     console.print(f"[4/5 fine-tuning] {budgets['sft']:.2f} minutes", markup=False)
     sft = run_sft(plan.overrides, init_model_path=ckpt.phase_paths("pretrain").best)
     return {"pretrain": pretrain, "sft": sft}
-
-
-def _data(settings: Settings, phase: str | None) -> dict[str, str]:
-    """What a phase would learn from now."""
-    if phase == "sft":
-        return sft_fingerprint(settings, settings.data.mix_sft)
-    return fingerprint(settings.data.caches.pretrain_token_cache, settings.data.mix_pretrain)
-
-
-def _same_run(plan: Plan) -> bool:
-    """Whether the checkpoints here were made with these settings from these caches, and may be gone on with."""
-    found = [path for phase in ("pretrain", "sft") if (path := ckpt.newest_good(phase)) is not None]
-    wanted = plan.settings.model_dump(mode="json")
-    for path in found:
-        record = ckpt.load_checkpoint(path, device="cpu")["resume"] or {}
-        if record.get("settings") != wanted or record.get("data") != _data(plan.settings, record.get("phase")):
-            return False
-    return bool(found)
 
 
 if __name__ == "__main__":

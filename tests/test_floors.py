@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "niels_gpt"
 
 FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
-    0: ("paths", "files", "rng", "device", "special_tokens", "config", "native"),
+    0: ("paths", "files", "rng", "device", "machine", "special_tokens", "config", "native"),
     1: ("settings", "data.types"),
     2: (
         "tokenizer",
@@ -28,7 +28,8 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
     4: ("eval", "generate", "chat", "hub", "recall", "summary", "export"),
     5: (
         "train",
-        "plan",
+        "bench",
+        "doctor",
         "chat_cli",
         "cache.cli",
         "notes_cli",
@@ -45,9 +46,13 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
         "tokenizer.train_cli",
         "tokenizer.report",
         "tokenizer.sample",
+        "plan",
     ),
 }
 PROGRAMS = {
+    "doctor.cli",
+    "bench.sweep",
+    "bench.trial_cli",
     "train.run",
     "train.runs_cli",
     "chat_cli",
@@ -66,6 +71,7 @@ PROGRAMS = {
     "tokenizer.train_cli",
     "tokenizer.report",
     "tokenizer.sample",
+    "plan.cli",
 }
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.stat().st_size > 200)
 

@@ -35,9 +35,9 @@ from niels_gpt.files import read_json
 from niels_gpt.mixes import open_mixes
 from niels_gpt.model.gpt import GPT
 from niels_gpt.optim import set_learning_rate
-from niels_gpt.plan.recipe import PHASES, Shape, size_of, sized, with_steps
+from niels_gpt.plan.recipe import Shape, size_of, sized, tuned, with_steps
 from niels_gpt.rng import seed_for
-from niels_gpt.settings import validate_overrides
+from niels_gpt.settings import PHASES, validate_overrides
 from niels_gpt.train.budget import Budget
 from niels_gpt.train.job import Job
 from niels_gpt.train.pretrain import pretrain_job
@@ -68,7 +68,7 @@ class Run:
     def overrides(self, folder: Path) -> dict[str, Any]:
         shape = Shape(self.width, self.layers, self.heads, self.mlp)
         factors = {"batch": self.batch, "sft_batch": self.sft_batch, "adam": self.adam, "muon": self.muon}
-        given = with_steps(sized(shape, dropout=self.drop, **factors), self.tokens)
+        given = with_steps(sized(tuned(), shape, dropout=self.drop, **factors), self.tokens)
         for phase in PHASES:
             given["training"][phase] |= {"seed": self.seed, "amp": False}
         given["tokenizer"]["model_path"] = str(folder / given["tokenizer"]["model_path"])

@@ -14,9 +14,9 @@ from niels_gpt.batching import TokenStream
 from niels_gpt.cache.pretrain import build_pretrain, open_mix
 from niels_gpt.device import Precision
 from niels_gpt.eval import bits_per_byte, token_byte_lengths
-from niels_gpt.quickstart import Plan, make_tokenizer
 from niels_gpt.settings import Settings, load_overrides, validate_overrides
 from niels_gpt.tokenizer import Tokenizer, load_tokenizer
+from niels_gpt.train.prepare import make_tokenizer
 from tools.quality_ngram import KneserNey
 
 EVAL_ROWS = 32
@@ -44,7 +44,7 @@ def build_text(overrides: dict[str, Any]) -> None:
     """
     settings = validate_overrides(overrides)
     caches = settings.data.caches
-    tokenizer = make_tokenizer(Plan(overrides, settings, caches.seed), lambda said: None)
+    tokenizer = make_tokenizer(settings, caches.seed, lambda said: None)
     for name in sorted(settings.data.mix_pretrain):
         build_pretrain(settings, tokenizer, name, root=caches.pretrain_token_cache)
 

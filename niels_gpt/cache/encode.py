@@ -25,6 +25,7 @@ import numpy as np
 
 from niels_gpt.cache import words
 from niels_gpt.cache.format import digest_of
+from niels_gpt.device import usable_cores
 from niels_gpt.special_tokens import assert_no_special_collision
 from niels_gpt.tokenizer import Tokenizer
 
@@ -60,7 +61,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._separator = tokenizer.eot_id if separate else None
         self._text_end = BYTE_SEPARATOR if separate and tokenizer.eot_id is None else ""
-        self._workers = _cores() if workers is None else workers
+        self._workers = usable_cores() if workers is None else workers
         self._pool: _Pool | None = None
         self._plan = None
         if tokenizer.vocab_size <= 2**16 and isinstance(getattr(tokenizer, "model_bytes", None), bytes):
@@ -234,10 +235,6 @@ def _start_worker(plan: words.Plan) -> subprocess.Popen[bytes]:
     pickle.dump(plan, process.stdin)
     process.stdin.flush()
     return process
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _blank_ids(tokenizer: Tokenizer) -> list[int]:

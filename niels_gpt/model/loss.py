@@ -15,7 +15,8 @@ from torch import Tensor
 from niels_gpt.model.native import ops as native
 
 IGNORED = -100
-CHUNK_ROWS = 1024
+# Logits held at once, a chunk of rows: fewer chunks are faster (1.6 x the step of a GPU), and 64 MiB or 256 are little there.
+CHUNK_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}
 TINY = 1e-30  # the smallest probability whose logarithm is taken; that of a smaller one could be infinite
 
 
@@ -83,11 +84,11 @@ def _add_rows_in_place(h: Tensor, w: Tensor, target: Tensor, grad_h: Tensor | No
 
 
 @torch.compiler.disable
-def cross_entropy_sum(h: Tensor, weight: Tensor, target: Tensor, chunk: int = CHUNK_ROWS) -> Tensor:
+def cross_entropy_sum(h: Tensor, weight: Tensor, target: Tensor, chunk: int | None = None) -> Tensor:
     """Sum over rows of -log softmax(h @ weight.T)[target], in nats, as a 0-d float32 tensor.
 
     h (N, C), weight (V, C), target (N,) int64 with -100 for rows that do not count. Computed in h's dtype (or
-    autocast's) with float32 sums; the gradient of `weight` is float32.
+    autocast's) with float32 sums, `chunk` rows at a time; the gradient of `weight` is float32.
     """
     if h.device.type == "cpu":  # elsewhere, counting the rows would make the device wait
         counted = (target != IGNORED).nonzero()[:, 0]
@@ -98,4 +99,9 @@ def cross_entropy_sum(h: Tensor, weight: Tensor, target: Tensor, chunk: int = CH
     if torch.is_autocast_enabled(h.device.type):
         h = h.to(torch.get_autocast_dtype(h.device.type))
     with torch.autocast(h.device.type, enabled=False):
-        return _ChunkedCrossEntropy.apply(h, weight, target, chunk)
+        return _ChunkedCrossEntropy.apply(h, weight, target, chunk or rows_at_once(weight.shape[0], h.device.type))
+
+
+def rows_at_once(V: int, device: str) -> int:
+    """How many rows of V logits are held at once."""
+    return max(1, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cpu"]) // V)

@@ -117,7 +117,7 @@ static inline int32_t sum(vi v) {
 #endif
 }
 
-static inline vf all(float x) { return vf{} + x; }
+static inline vf all(float x) { return x - vf{}; }  // unlike x + 0, nothing to compute: -0 stays -0
 
 // Largest of n numbers; NaNs are passed over.
 static inline float largest(const float* p, int n) {

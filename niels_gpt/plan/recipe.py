@@ -17,12 +17,11 @@ import torch
 from niels_gpt import paths
 from niels_gpt.config import ModelConfig
 from niels_gpt.model.gpt import GPT
-from niels_gpt.settings import ModelSettings, load_overrides, model_config_of, validate_overrides
+from niels_gpt.settings import PHASES, ModelSettings, load_overrides, model_config_of, validate_overrides
 from niels_gpt.train.mfu import training_flops
 
 CONFIG = "configs/quickstart.json"
 SFT_SHARE = 0.6  # of the training budget; tuned in docs/log.md
-PHASES = ("pretrain", "sft")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Size:
     flops: float  # of training on one token
 
 
-def base() -> dict[str, Any]:
+def tuned() -> dict[str, Any]:
     """The recipe as it was tuned: the overrides of the quickstart."""
     return load_overrides(paths.shipped(CONFIG))
 
@@ -70,24 +69,29 @@ def _size(config: ModelConfig) -> Size:
 
 
 def sized(
-    shape: Shape, *, dropout: float, batch: float = 1.0, adam: float = 1.0, muon: float = 1.0, sft_batch: float = 1.0
+    recipe: Mapping[str, Any],
+    shape: Shape,
+    *,
+    dropout: float,
+    batch: float = 1.0,
+    sft_batch: float = 1.0,
+    adam: float = 1.0,
+    muon: float = 1.0,
 ) -> dict[str, Any]:
-    """The recipe for another shape, as overrides.
+    """A recipe (`tuned`, perhaps on other sources) for another shape, as overrides.
 
     batch, sft_batch: factors on the rows of a step, of both phases and of fine-tuning alone. adam, muon: factors on the
     learning rates that the recipe would choose.
     """
-    overrides = base()
-    tuned = validate_overrides(overrides)
-    factor = adam * min(1.0, tuned.model.C / shape.width)
-    overrides["model"] |= {**shape.settings(), "dropout": dropout}
+    factor = adam * min(1.0, recipe["model"]["C"] / shape.width)
+    training = {**recipe["training"]}
     for phase in PHASES:
-        given = overrides["training"][phase]
+        given = training[phase] = {**training[phase]}
         for rate in ("base_lr", "min_lr"):
             given[rate] = _rounded(given[rate] * factor)
         given["muon_lr"] = _rounded(given["muon_lr"] * muon)
         given["micro_B"] = max(1, round(given["micro_B"] * batch * (sft_batch if phase == "sft" else 1.0)))
-    return overrides
+    return {**recipe, "model": {**recipe["model"], **shape.settings(), "dropout": dropout}, "training": training}
 
 
 def with_steps(overrides: Mapping[str, Any], tokens: float) -> dict[str, Any]:
@@ -101,6 +105,25 @@ def with_steps(overrides: Mapping[str, Any], tokens: float) -> dict[str, Any]:
         warmup = round(steps * options.warmup_steps / options.total_steps)
         training[phase] = {**training[phase], "minutes": None, "total_steps": steps, "warmup_steps": warmup}
     return {**overrides, "training": training}
+
+
+def with_minutes(overrides: Mapping[str, Any], minutes: float) -> dict[str, Any]:
+    """The recipe on a time budget, of which fine-tuning has its share."""
+    training = {**overrides["training"]}
+    for phase, share in (("pretrain", 1 - SFT_SHARE), ("sft", SFT_SHARE)):
+        training[phase] = {**training[phase], "minutes": minutes * share}
+    return {**overrides, "training": training}
+
+
+def seeded(overrides: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Everything random by this seed: weights, order of the text, and what is kept for validation."""
+    training = {**overrides["training"]}
+    for phase in PHASES:
+        training[phase] = {**training[phase], "seed": seed}
+    data = {**overrides["data"]}
+    for source, key in (("chitchat", "split_seed"), ("primer", "seed")):
+        data[source] = {**data.get(source, {}), key: seed}
+    return {**overrides, "training": training, "data": data}
 
 
 def _rounded(rate: float) -> float:

@@ -164,17 +164,54 @@ class ModelDims(Section):
 
 
 DIMS = (ModelDims(), ModelDims(C=512, L=8, H=8), ModelDims(C=512, L=12, H=8))
+CPU_DIMS = (ModelDims(C=256, L=4, H=4),)
 
 
 class BenchmarkSettings(Section):
     candidate_T: Sizes = knob((512, 1024), "context lengths to try", min_length=1)
-    candidate_model_dims: Annotated[tuple[ModelDims, ...], Strict(False)] = knob(DIMS, "model sizes to try")
+    candidate_model_dims: Annotated[tuple[ModelDims, ...], Strict(False)] = knob(
+        DIMS, "model sizes to try, small ones first: below 16 GiB of GPU memory two of them, below 10 GiB one"
+    )
+    small_T: Sizes = knob((256, 512), "context lengths to try below 16 GiB of GPU memory", min_length=1)
+    cpu_T: Sizes = knob((128,), "context lengths to try on a CPU", min_length=1)
+    cpu_model_dims: Annotated[tuple[ModelDims, ...], Strict(False)] = knob(CPU_DIMS, "model sizes to try on a CPU")
     checkpointing_modes: Annotated[tuple[bool, ...], Strict(False)] = knob((False, True), "checkpointing off and on")
     timeout_s: float = knob(20.0, "longest trial, seconds", gt=0, le=86400)
     steps_warmup: int = knob(2, "untimed steps of a trial", ge=0, le=MANY)
     steps_measure: int = knob(10, "timed steps of a trial", ge=1, le=MANY)
     max_micro_B: int = knob(256, "largest microbatch to try", ge=1, le=2**20)
     seed: int = knob(42, "seed of a trial", ge=0, le=MAX_INT64)
+
+
+PLAN_SIZES = tuple(
+    ModelDims(C=width, L=layers, H=max(1, width // 64))
+    for width, layers in (
+        (64, 2),
+        (96, 2),
+        (128, 3),
+        (128, 4),
+        (192, 4),
+        (256, 4),
+        (256, 6),
+        (320, 6),
+        (384, 8),
+        (512, 8),
+        (640, 10),
+        (768, 12),
+        (1024, 16),
+    )
+)
+
+
+class PlanSettings(Section):
+    sizes: Annotated[tuple[ModelDims, ...], Strict(False)] = knob(
+        PLAN_SIZES, "models a plan chooses from", min_length=1
+    )
+    dropouts: Annotated[tuple[float, ...], Strict(False)] = knob(
+        (0.0, 0.1, 0.2), "dropout probabilities a plan chooses from", min_length=1
+    )
+    probe_s: float = knob(60.0, "longest measurement before a plan, seconds", gt=0, le=3600)
+    shown: int = knob(6, "candidates a plan shows", ge=1, le=100)
 
 
 class ReproducibilitySettings(Section):
@@ -196,6 +233,7 @@ class Settings(Section):
     sft_format: SftFormatSettings = section(SftFormatSettings, "how chats become rows")
     generation: GenerationSettings = section(GenerationSettings, "how it answers")
     benchmark: BenchmarkSettings = section(BenchmarkSettings, "what the benchmark tries")
+    plan: PlanSettings = section(PlanSettings, "what `niels-gpt plan` chooses from")
     reproducibility: ReproducibilitySettings = section(ReproducibilitySettings, "threads and buffers")
 
     @model_validator(mode="after")

@@ -96,24 +96,25 @@ class Chart:
         return PAGE.format(title=html.escape(self._title), summary=html.escape(at + ", ".join(shown)), body=body)
 
 
-def panel(title: str, curves: Mapping[str, Points]) -> str:
-    """One diagram as SVG; "" without points."""
-    every = [point for points in curves.values() for point in points]
+def panel(title: str, curves: Mapping[str, Points], *, by: str = "step", doubling: bool = False) -> str:
+    """One diagram as SVG; "" without points. doubling: every doubling of x is as wide as the next."""
+    scaled, unscaled = (math.log2, lambda x: 2.0**x) if doubling else (float, float)
+    every = [(scaled(x), y) for points in curves.values() for x, y in points]
     if not every:
         return ""
     (x0, x1), (y0, y1) = _range([x for x, _ in every]), _range([y for _, y in every])
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
+        across, up = (scaled(x) - x0) / (x1 - x0), (y - y0) / (y1 - y0)
         return round(LEFT + across * PANEL_WIDTH, 1), round(TOP + (1 - up) * PANEL_HEIGHT, 1)
 
     parts = []
     for i in range(TICKS + 1):
-        x, y = x0 + (x1 - x0) * i / TICKS, y0 + (y1 - y0) * i / TICKS
+        x, y = unscaled(x0 + (x1 - x0) * i / TICKS), y0 + (y1 - y0) * i / TICKS
         (px, _), (_, py) = place(x, y), place(x, y)
         parts.append(f'<line x1="{LEFT}" x2="{LEFT + PANEL_WIDTH}" y1="{py}" y2="{py}" stroke="#8884"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{py + 4}" text-anchor="end">{y:.4g}</text>')
-        parts.append(f'<text x="{px}" y="{TOP + PANEL_HEIGHT + 16}" text-anchor="middle">{x:,.0f}</text>')
+        parts.append(f'<text x="{px}" y="{TOP + PANEL_HEIGHT + 16}" text-anchor="middle">{_tick(x, x1 - x0)}</text>')
     for i, (name, points) in enumerate(curves.items()):
         color = COLORS[i % len(COLORS)]
         path = " ".join(f"{px},{py}" for px, py in (place(x, y) for x, y in points))
@@ -123,7 +124,11 @@ def panel(title: str, curves: Mapping[str, Points]) -> str:
         parts.append(f'<text x="{LEFT + PANEL_WIDTH}" y="{TOP + 12 * (i + 1)}" text-anchor="end"')
         parts.append(f' style="fill:{color}">{label}</text>')
     size = f"0 0 {LEFT + PANEL_WIDTH + 30} {TOP + PANEL_HEIGHT + 26}"
-    return f'<h2>{html.escape(title)}, by step</h2><svg viewBox="{size}" role="img">{"".join(parts)}</svg>'
+    return f'<h2>{html.escape(title)}, by {html.escape(by)}</h2><svg viewBox="{size}" role="img">{"".join(parts)}</svg>'
+
+
+def _tick(x: float, span: float) -> str:
+    return f"{x:,.0f}" if span >= 2 * TICKS or x == round(x) else f"{x:.3g}"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -15,6 +15,10 @@ SIGNS = (  # in the text of a RuntimeError; CPU, CUDA libraries, MPS and C++ eac
 )
 
 
+class DoesNotFit(ValueError):
+    """Memory ran out and nothing can be made smaller; the message says what to change."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """True for every form in which PyTorch, numpy and Python report that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ from niels_gpt.train.saving import Origin
 from niels_gpt.train.sft import run_sft
 from niels_gpt.train.start import TimeLimit
 
+Config = Path | Mapping[str, Any]
 KEYS = {"pretrain_config_path", "sft_config_path"}
 
 
-def pipeline_configs(config: str | Path) -> tuple[Path, Path]:
-    """The two config files a pipeline names, relative to the current folder or to the pipeline's own."""
+def pipeline_configs(config: str | Path | Mapping[str, Any]) -> tuple[Config, Config]:
+    """The two config files a pipeline names, relative to the current folder or to the pipeline's own.
+
+    Settings instead of a file are those of both phases.
+    """
+    if isinstance(config, Mapping):
+        return config, config
     config = paths.find(config) or config
     content = files.read_json(config)
     keys = set(content) - {"_why"} if isinstance(content, dict) else set()
@@ -34,7 +41,7 @@ def pipeline_configs(config: str | Path) -> tuple[Path, Path]:
 
 
 def run_pipeline(
-    config: str | Path,
+    config: str | Path | Mapping[str, Any],
     *,
     device: str | None = None,
     resume_path: str | Path | None = None,
@@ -73,7 +80,7 @@ def run_pipeline(
     return done
 
 
-def shares(limit: TimeLimit, pretrain_config: str | Path) -> dict[str, TimeLimit]:
+def shares(limit: TimeLimit, pretrain_config: Config) -> dict[str, TimeLimit]:
     """How a time limit is shared out before anything has run: `training.sft_share` of it is fine-tuning's."""
     if limit.minutes is None and limit.deadline is None:
         return {"pretrain": limit, "sft": limit}

@@ -3,6 +3,7 @@
     python -m train.run --phase pretrain --config configs/pretrain.json [--device cpu|mps|cuda]
                         [--resume PATH | --no-resume] [--minutes X | --until HH:MM] [--print_config]
     python -m train.run --phase pipeline --config configs/pipeline.json --until 07:00
+    python -m train.run --plan plan.json [--device cpu|mps|cuda] [--no-resume]
 
 Exit code 0 when trained, 1 when it failed, 2 for wrong usage, 128+n when signal n stopped it (its state is saved).
 docs/training.md tells how a run behaves that nobody watches.
@@ -20,6 +21,7 @@ from typing import Any
 
 from niels_gpt import files, paths
 from niels_gpt.device import resolve_device
+from niels_gpt.plan.running import run_planned
 from niels_gpt.settings import resolve_settings
 from niels_gpt.train.distributed import ALONE, MainFailed, World, joined
 from niels_gpt.train.loop import Interrupted
@@ -37,11 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.list_profiles:
         print("\n".join(profiles()))
         return 0
-    if args.phase is None or (args.config is None and args.profile is None):
-        _parser().error("--phase and one of --config or --profile are required")
+    _check(args)
     limit = TimeLimit(args.minutes, args.until)
     try:
         with leaving_on_signals():
+            if args.plan is not None:
+                run_planned(Path(args.plan), device=args.device, no_resume=args.no_resume)
+                return 0
             config = Path(args.config) if args.config is not None else profile_path(args.profile)
             device = resolve_device(args.device)
             if args.print_config:
@@ -75,11 +79,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Leave with a usage error unless there is either a plan or a phase with its settings."""
+    if args.plan is None:
+        if args.phase is None or (args.config is None and args.profile is None):
+            _parser().error("--phase and one of --config or --profile are required, or --plan")
+        return
+    names = ("phase", "config", "profile", "resume", "minutes", "until", "print_config")
+    if given := [name for name in names if getattr(args, name)]:
+        _parser().error(f"a plan has its own phases, settings and time; leave out --{given[0]}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m train.run", description="Train a model: pretrain, sft or both.")
     parser.add_argument("--phase", choices=("pretrain", "sft", "pipeline"))
     parser.add_argument("--config", metavar="PATH", help="settings overrides (JSON); wins over --profile")
     parser.add_argument("--profile", metavar="NAME", help="a config of configs/ by its name")
+    parser.add_argument("--plan", metavar="PATH", help="carry out a plan of niels-gpt plan: all phases, on its time")
     parser.add_argument("--list-profiles", action="store_true", help="show the names --profile knows")
     parser.add_argument("--device", help="cpu, mps or cuda; by default the best there is")
     parser.add_argument("--resume", metavar="PATH", help="go on from this checkpoint")

@@ -90,22 +90,27 @@ def start_phase(
     """Resolve everything a phase needs; a resumed run keeps its run id. ValueError/FileNotFoundError for people."""
     began, limit = time.perf_counter(), limit or TimeLimit()
     ensure_dirs()
-    keep_freed_memory()
     chosen = resolve_device(device)
     resume = world.from_main(lambda: find_resume(phase, resume_path, no_auto_resume))
     run_id, flags = world.from_main(lambda: _run_id_and_flags(phase, resume, limit))
     resolved = resolve_settings(phase, config, flags=flags, run_id=run_id, write_resolved=world.is_main)
-    reproducibility = resolved.settings.reproducibility
+    prepare_process(resolved.settings)
+    if chosen == "cpu" and resolved.settings.training.native_kernels and (reason := native.missing()) and world.is_main:
+        print(f"note: training with PyTorch only, which is slower: {reason}", file=sys.stderr)
+    return Start(resolved, chosen, open_tokenizer(resolved.settings), resume, began, limit.deadline, world)
+
+
+def prepare_process(settings: Settings) -> None:
+    """What settings ask of the whole process: threads, precision of products, kernels."""
+    keep_freed_memory()
+    reproducibility = settings.reproducibility
     if reproducibility.torch_num_threads is not None:
         torch.set_num_threads(reproducibility.torch_num_threads)
     if reproducibility.torch_matmul_precision is not None:
         torch.set_float32_matmul_precision(reproducibility.torch_matmul_precision)
     if reproducibility.deterministic:
         use_deterministic_kernels()
-    native.switch(resolved.settings.training.native_kernels)
-    if chosen == "cpu" and resolved.settings.training.native_kernels and (reason := native.missing()) and world.is_main:
-        print(f"note: training with PyTorch only, which is slower: {reason}", file=sys.stderr)
-    return Start(resolved, chosen, open_tokenizer(resolved.settings), resume, began, limit.deadline, world)
+    native.switch(settings.training.native_kernels)
 
 
 def _run_id_and_flags(phase: str, resume: Path | None, limit: TimeLimit) -> tuple[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ from niels_gpt.rng import seed_for
 from niels_gpt.train import parallel
 from niels_gpt.train.clock import PhaseClock
 from niels_gpt.train.job import Job
-from niels_gpt.train.memory import advice, free_memory, is_out_of_memory
+from niels_gpt.train.memory import DoesNotFit, advice, free_memory, is_out_of_memory
 from niels_gpt.train.microbatches import Microbatches
 from niels_gpt.train.state import StepResult
 
@@ -87,7 +87,7 @@ class Stepper:
                     nats = self._backward_all(step, batches, valid)
                 except Exception as error:
                     if self.world.size > 1 and is_out_of_memory(error):
-                        raise ValueError(f"step {step + 1}: out of memory: {advice(self.job.phase)}") from None
+                        raise DoesNotFit(f"step {step + 1}: out of memory: {advice(self.job.phase)}") from None
                     if self.world.size > 1 or not self._can_be_helped(error):
                         raise
                     failure = _Failure.of(error)
@@ -155,7 +155,7 @@ class Stepper:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        raise ValueError(f"the optimizer's update ran out of memory: {advice(self.job.phase)}")
+        raise DoesNotFit(f"the optimizer's update ran out of memory: {advice(self.job.phase)}")
 
     def _update(self, nats: float, valid: int) -> StepResult:
         """Clip and update, if everything is finite; then drop the gradients."""
@@ -193,7 +193,7 @@ class Stepper:
         before, after = self.microbatches, self.microbatches.smaller()
         phase = self.job.phase
         if after is None:
-            raise ValueError(
+            raise DoesNotFit(
                 f"step {step + 1}: out of memory with microbatches of {before.size} rows, which cannot be made"
                 f" smaller ({failure.reason}): {advice(phase)}"
             )

@@ -32,6 +32,12 @@ BYTES_PER_THREAD = 1 << 20  # of weights: below this a second thread costs more 
 SAMPLES = 16  # values of each tensor that are compared with the packed model's
 
 
+def missing() -> str | None:
+    """Why there is no compiled decoder, or None; compiles it if that was never done."""
+    loaded = build.load(MAIN, _declared)
+    return loaded if isinstance(loaded, str) else None
+
+
 class _Shape(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("V", "T", "C", "L", "H", "d_ff", "layernorm", "gelu", "qk_norm")),

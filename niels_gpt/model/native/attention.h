@@ -9,54 +9,125 @@
 #include "products.h"
 #include "rows.h"
 
+constexpr float NOWHERE = -1e30f;  // the score of what is not seen, where it goes through exp with the rest
 constexpr int QUERIES = 32;  // a block of rows; its keys end at its last row's own
 
-struct Attention {
-  int64_t B, T, H, D;
-  float eps;
-  const float* qkv;               // (B, T, 3, H, D)
-  const float *q_norm, *k_norm;   // (D), both null without QK-norm
-  const float *sin, *cos;         // (T, D / 2)
-  const int32_t* first;           // (B, T): the first position that each sees; null = 0
+static inline vf greater(vf a, vf b) { return b > a ? b : a; }  // NaNs in b are passed over
 
-  int64_t padded_D() const { return (D + W - 1) / W * W; }
+static inline float greatest(vf v) {
+  float most = v[0];
+  for (int i = 1; i < W; i++) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+constexpr int LINE = 16;  // floats: a vector that lies in two cache lines is read and written at half the speed
+
+static inline float* aligned(float* p) { return p + (LINE - ((uintptr_t)p / sizeof(float)) % LINE) % LINE; }
+
+// The two of each pair, the other way round.
+static inline vf swapped(vf v) {
+  typedef uint64_t pairs __attribute__((vector_size(4 * W)));
+  pairs p;
+  memcpy(&p, &v, sizeof p);
+  p = p << 32 | p >> 32;
+  memcpy(&v, &p, sizeof p);
+  return v;
+}
+
+// Rows are padded with zeros to whole vectors: Dp numbers.
+struct Attention {
+  const int64_t B, T, H, D, Dp = (D + W - 1) / W * W;
+  const float eps;
+  const float* qkv;       // (B, T, 3, H, D)
+  const int32_t* first;   // (B, T): the first position that each sees; null = 0
+  const bool normed;
+  std::vector<float> tables;
+  float *weights[2];         // (Dp) of q's and k's norm; ones without
+  float *cosines, *sines;    // (T, Dp): both of a pair; the sine of its first is negative
+
+  Attention(int64_t B, int64_t T, int64_t H, int64_t D, float eps, const float* qkv, const float* q_norm,
+            const float* k_norm, const float* sin, const float* cos, const int32_t* first)
+      : B(B), T(T), H(H), D(D), eps(eps), qkv(qkv), first(first), normed(q_norm), tables(2 * (T + 1) * Dp + LINE) {
+    weights[0] = aligned(tables.data()), weights[1] = weights[0] + Dp;
+    cosines = weights[1] + Dp, sines = cosines + T * Dp;
+    for (int which : {0, 1}) {
+      std::fill(weights[which], weights[which] + Dp, 1.0f);
+      if (normed) memcpy(weights[which], which ? k_norm : q_norm, D * sizeof(float));
+    }
+    for (int64_t t = 0; t < T; t++)
+      for (int64_t j = 0; j < D / 2; j++) {
+        float *c = cosines + t * Dp + 2 * j, *s = sines + t * Dp + 2 * j;
+        c[0] = c[1] = cos[t * (D / 2) + j];
+        s[1] = sin[t * (D / 2) + j];
+        s[0] = -s[1];
+      }
+  }
+
   int64_t padded_T() const { return (T + COLUMNS - 1) / COLUMNS * COLUMNS; }
   int64_t row(int64_t b, int64_t t, int which, int64_t h) const { return (((b * T + t) * 3 + which) * H + h) * D; }
   int64_t first_of(int64_t b, int64_t t) const { return first ? first[b * T + t] : 0; }
 
-  // Query (which = 0) or key (1): normed and rotated into `to`; returns 1 / rms.
-  float turned(int64_t b, int64_t t, int which, int64_t h, float* __restrict to) const {
-    const float *__restrict from = qkv + row(b, t, which, h), *__restrict w = which ? k_norm : q_norm;
-    const float *__restrict s = sin + t * (D / 2), *__restrict c = cos + t * (D / 2);
-    const float scale = w ? inverse_rms(from, D, eps) : 1;
-    for (int64_t j = 0; j < D / 2; j++) {
-      const float even = w ? from[2 * j] * scale * w[2 * j] : from[2 * j];
-      const float odd = w ? from[2 * j + 1] * scale * w[2 * j + 1] : from[2 * j + 1];
-      to[2 * j] = even * c[j] - odd * s[j];
-      to[2 * j + 1] = even * s[j] + odd * c[j];
-    }
-    return scale;
+  // Numbers i to i + W of a row of D.
+  vf part(const float* row, int64_t i) const {
+    if (i + W <= D) return load(row + i);
+    vf v = {};
+    memcpy(&v, row + i, (D - i) * sizeof(float));
+    return v;
   }
 
-  // The way back of `turned`: gradient g becomes that of the share of qkv, in `to`; adds to the gradient of the norm.
-  void turned_back(int64_t b, int64_t t, int which, int64_t h, float* __restrict g, float* __restrict to,
-                   float* __restrict grad_norm) const {
-    const float *__restrict from = qkv + row(b, t, which, h), *__restrict w = which ? k_norm : q_norm;
-    const float *__restrict s = sin + t * (D / 2), *__restrict c = cos + t * (D / 2);
-    for (int64_t j = 0; j < D / 2; j++) {
-      const float even = g[2 * j], odd = g[2 * j + 1];
-      g[2 * j] = even * c[j] + odd * s[j];
-      g[2 * j + 1] = odd * c[j] - even * s[j];
+  // Rows of one head lie far apart, so no processor guesses which comes next: ask for the row after some more.
+  template <int write>
+  void ask_ahead(const float* row) const {
+    for (int64_t i = 0; i < D; i += LINE) __builtin_prefetch(row + 8 * 3 * H * D + i, write);
+  }
+
+  float inverse_rms(const float* row) const {
+    vf squares = {};
+    for (int64_t i = 0; i < D; i += W) squares += part(row, i) * part(row, i);
+    return 1 / std::sqrt(sum(squares) / (float)D + eps);
+  }
+
+  // Query (which = 0) or key (1), times `factor`: normed and rotated into `to` (Dp).
+  void turned(int64_t b, int64_t t, int which, int64_t h, float factor, float* to) const {
+    const float *from = qkv + row(b, t, which, h), *w = weights[which];
+    const float *c = cosines + t * Dp, *s = sines + t * Dp;
+    ask_ahead<0>(from);
+    const vf scale = all(normed ? inverse_rms(from) * factor : factor);
+    for (int64_t i = 0; i < Dp; i += W) {
+      const vf x = part(from, i) * scale * load(w + i);
+      store(to + i, x * load(c + i) + swapped(x) * load(s + i));
     }
-    if (w)
-      norm_row_backward(g, from, w, inverse_rms(from, D, eps), to, grad_norm, D);
-    else
-      memcpy(to, g, D * sizeof(float));
+  }
+
+  // The way back of `turned`: gradient g (Dp), times `factor`, becomes that of the share of qkv; adds to grad_norm (Dp).
+  void turned_back(int64_t b, int64_t t, int which, int64_t h, float factor, float* g, float* grad_qkv,
+                   float* grad_norm) const {
+    const int64_t at = row(b, t, which, h);
+    const float *from = qkv + at, *w = weights[which];
+    const float *c = cosines + t * Dp, *s = sines + t * Dp;
+    ask_ahead<0>(from), ask_ahead<1>(grad_qkv + at);
+    const float inverse = normed ? inverse_rms(from) : 1;
+    vf shared = {};
+    for (int64_t i = 0; i < Dp; i += W) {
+      const vf turned = load(g + i) * factor, back = turned * load(c + i) - swapped(turned) * load(s + i);
+      if (normed) {
+        const vf product = back * part(from, i);
+        shared += product * load(w + i);
+        store(grad_norm + i, load(grad_norm + i) + product * inverse);
+      }
+      store(g + i, back);
+    }
+    const float mean = normed ? sum(shared) * inverse * inverse / (float)D : 0;
+    for (int64_t i = 0; i < D; i += W) {
+      vf x = load(g + i);
+      if (normed) x = (x * load(w + i) - part(from, i) * mean) * inverse;
+      memcpy(grad_qkv + at + i, &x, std::min<int64_t>(W, D - i) * sizeof(float));
+    }
   }
 };
 
-// One thread's own memory. Rows are padded with zeros to whole vectors; panels are matrices transposed, COLUMNS
-// positions at a time, as products read them: (panel, D, COLUMNS).
+// One thread's own memory. Panels are matrices transposed, COLUMNS positions at a time, as products read them: (panel, Dp,
+// COLUMNS).
 struct Head {
   const Attention& a;
   const int64_t b, h, T, D, Dp, Tp;
@@ -64,11 +135,12 @@ struct Head {
   float *queries, *grads, *out, *scores, *grad_scores;
 
   Head(const Attention& a, int64_t b, int64_t h)
-      : a(a), b(b), h(h), T(a.T), D(a.D), Dp(a.padded_D()), Tp(a.padded_T()) {
+      : a(a), b(b), h(h), T(a.T), D(a.D), Dp(a.Dp), Tp(a.padded_T()) {
     static thread_local std::vector<float> memory;
     const int64_t whole = Tp * Dp, block = QUERIES * Dp, square = QUERIES * Tp;
-    memory.assign(5 * whole + 3 * block + 2 * square, 0.0f);
-    float* next = memory.data();
+    const size_t size = 5 * whole + 3 * block + 2 * square + LINE;
+    if (D < Dp || T < Tp || memory.size() != size) memory.assign(size, 0.0f);  // what pads stays zero otherwise
+    float* next = aligned(memory.data());
     for (float** p : {&keys, &key_panels, &value_panels, &grad_keys, &grad_values}) *p = next, next += whole;
     for (float** p : {&queries, &grads, &out}) *p = next, next += block;
     for (float** p : {&scores, &grad_scores}) *p = next, next += square;
@@ -82,7 +154,7 @@ struct Head {
 
   void read_keys() {
     for (int64_t t = 0; t < T; t++) {
-      a.turned(b, t, 1, h, keys + t * Dp);
+      a.turned(b, t, 1, h, 1, keys + t * Dp);
       into_panel(key_panels, keys + t * Dp, t, D, Dp);
     }
   }
@@ -100,11 +172,7 @@ struct Head {
   // Rows `start` to `end` of queries, times 1 / sqrt(D).
   void read_queries(int64_t start, int64_t end) {
     const float scale = 1 / std::sqrt((float)D);
-    for (int64_t t = start; t < end; t++) {
-      float* to = queries + (t - start) * Dp;
-      a.turned(b, t, 0, h, to);
-      for (int64_t d = 0; d < D; d++) to[d] *= scale;
-    }
+    for (int64_t t = start; t < end; t++) a.turned(b, t, 0, h, scale, queries + (t - start) * Dp);
   }
 
   // The first position that any of these rows sees, down to a whole panel.
@@ -132,12 +200,21 @@ struct Head {
       float sums[QUERIES];
       for (int64_t t = start; t < end; t++) {
         float* p = scores + (t - start) * Tp;
-        const int64_t from = a.first_of(b, t), n = t + 1 - from;
-        const float most = largest_of(p + from, n), Z = exponentials(p + from, n, most);
-        logsum[t] = most + std::log(Z);
-        sums[t - start] = Z;
+        const int64_t from = a.first_of(b, t), left = from / W * W, right = (t + W) / W * W;  // in whole vectors
+        std::fill(p + left, p + from, NOWHERE);
+        std::fill(p + t + 1, p + right, NOWHERE);
+        vf largest = all(-INFINITY), total = {};
+        for (int64_t i = left; i < right; i += W) largest = greater(largest, load(p + i));
+        const vf most = all(greatest(largest));
+        for (int64_t i = left; i < right; i += W) {
+          const vf e = exp(load(p + i) - most);
+          total += e;
+          store(p + i, e);
+        }
         std::fill(p + low, p + from, 0.0f);
-        std::fill(p + t + 1, p + end, 0.0f);
+        std::fill(p + t + 1, p + std::max(right, end), 0.0f);
+        sums[t - start] = sum(total);
+        logsum[t] = most[0] + std::log(sums[t - start]);
       }
       multiply({scores + low, Tp, 1}, values + low * Dp, Dp, out, Dp, rows, (int)Dp, (int)(end - low), false);
       for (int64_t t = start; t < end; t++) {
@@ -148,10 +225,11 @@ struct Head {
     }
   }
 
-  // grad, y: as y above. grad_qkv: like qkv. grad_norms (2, D), added to; null without QK-norm.
+  // grad, y: as y above. grad_qkv: like qkv. grad_norms (2, Dp), added to; null without QK-norm.
   void backward(const float* grad, const float* y, const float* logsum, float* grad_qkv, float* grad_norms) {
     read_keys();
     read_values(true);
+    std::fill(grad_keys, grad_keys + 2 * Tp * Dp, 0.0f);  // and the values'
     const float scale = 1 / std::sqrt((float)D);
     for (int64_t start = 0; start < T; start += QUERIES) {
       const int64_t end = std::min(start + QUERIES, T), low = lowest(start, end), n = end - low;
@@ -167,13 +245,11 @@ struct Head {
       multiply(dS, queries, Dp, grad_keys + low * Dp, Dp, (int)n, (int)Dp, rows, true);
       multiply({grad_scores + low, Tp, 1}, keys + low * Dp, Dp, out, Dp, rows, (int)Dp, (int)n, false);
       for (int64_t t = start; t < end; t++) {
-        float* g = out + (t - start) * Dp;
-        for (int64_t d = 0; d < D; d++) g[d] *= scale;
-        a.turned_back(b, t, 0, h, g, grad_qkv + a.row(b, t, 0, h), grad_norms);
+        a.turned_back(b, t, 0, h, scale, out + (t - start) * Dp, grad_qkv, grad_norms);
       }
     }
     for (int64_t t = 0; t < T; t++) {
-      a.turned_back(b, t, 1, h, grad_keys + t * Dp, grad_qkv + a.row(b, t, 1, h), grad_norms ? grad_norms + D : nullptr);
+      a.turned_back(b, t, 1, h, 1, grad_keys + t * Dp, grad_qkv, grad_norms ? grad_norms + Dp : nullptr);
       memcpy(grad_qkv + a.row(b, t, 2, h), grad_values + t * Dp, D * sizeof(float));
     }
   }
@@ -181,13 +257,16 @@ struct Head {
   // Row t, the block's row r: scores S and grad_scores dP become P and dS = P (dP - sum(g y)).
   void probabilities(int64_t t, int64_t r, int64_t low, int64_t end, const float* y, float logsum) {
     float *__restrict p = scores + r * Tp, *__restrict ds = grad_scores + r * Tp;
-    const int64_t from = a.first_of(b, t);
-    const float shared = dot(grads + r * Dp, y + ((b * T + t) * a.H + h) * D, D);
-    std::fill(p + low, p + from, 0.0f), std::fill(ds + low, ds + from, 0.0f);
-    std::fill(p + t + 1, p + end, 0.0f), std::fill(ds + t + 1, ds + end, 0.0f);
-    for (int64_t i = from; i <= t; i++) {
-      p[i] = exponential(p[i] - logsum);
-      ds[i] = p[i] * (ds[i] - shared);
+    const int64_t from = a.first_of(b, t), left = from / W * W, right = (t + W) / W * W;  // in whole vectors
+    const vf shared = all(dot(grads + r * Dp, y + ((b * T + t) * a.H + h) * D, D));
+    for (int64_t i = left; i < right; i += W) {
+      const vf e = exp(load(p + i) - logsum);
+      store(p + i, e);
+      store(ds + i, e * (load(ds + i) - shared));
+    }
+    for (float* row : {p, ds}) {
+      std::fill(row + low, row + from, 0.0f);
+      std::fill(row + t + 1, row + std::max(right, end), 0.0f);
     }
   }
 };

@@ -71,19 +71,22 @@ void swiglu_backward(const float* g, const float* gate, const float* value, floa
 // (B, T, 3, H, D) -> y (B, T, H, D) and logsum (B, H, T); see attention.h. backward: grad_norms (2, D).
 void attention(const float* qkv, const float* q_norm, const float* k_norm, const float* sin, const float* cos,
                const int32_t* first, float* y, float* logsum, int64_t B, int64_t T, int64_t H, int64_t D, float eps) {
-  const Attention a = {B, T, H, D, eps, qkv, q_norm, k_norm, sin, cos, first};
+  const Attention a(B, T, H, D, eps, qkv, q_norm, k_norm, sin, cos, first);
   share((int)(B * H), [&](int i) { Head(a, i / H, i % H).forward(y, logsum + i * T); });
 }
 
 void attention_backward(const float* grad, const float* qkv, const float* q_norm, const float* k_norm, const float* sin,
                         const float* cos, const int32_t* first, const float* y, const float* logsum, float* grad_qkv,
                         float* grad_norms, int64_t B, int64_t T, int64_t H, int64_t D, float eps) {
-  const Attention a = {B, T, H, D, eps, qkv, q_norm, k_norm, sin, cos, first};
-  std::vector<float> sums(q_norm ? B * H * 2 * D : 0);
+  const Attention a(B, T, H, D, eps, qkv, q_norm, k_norm, sin, cos, first);
+  std::vector<float> sums(q_norm ? B * H * 2 * a.Dp : 0);
   share((int)(B * H), [&](int i) {
-    Head(a, i / H, i % H).backward(grad, y, logsum + i * T, grad_qkv, q_norm ? &sums[i * 2 * D] : nullptr);
+    Head(a, i / H, i % H).backward(grad, y, logsum + i * T, grad_qkv, q_norm ? &sums[i * 2 * a.Dp] : nullptr);
   });
-  if (q_norm) add_up(sums, (int)(B * H), 2 * D, grad_norms);
+  if (!q_norm) return;
+  std::vector<float> both(2 * a.Dp);
+  add_up(sums, (int)(B * H), 2 * a.Dp, both.data());
+  for (int which : {0, 1}) memcpy(grad_norms + which * D, &both[which * a.Dp], D * sizeof(float));
 }
 
 // Rows of V logits become softmax - one-hot(target), the gradient of their nats, which go into `nats`.

@@ -1,0 +1,249 @@
+"""Every model a plan could train in the time there is, with what it would cost and reach; ranked by quality"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from niels_gpt.plan.cost import Costs, disk_bytes
+from niels_gpt.plan.law import Law, Prediction, Scale
+from niels_gpt.plan.machine import Machine
+from niels_gpt.plan.recipe import SFT_SHARE, Shape, Size, size_of, sized
+from niels_gpt.plan.text import Text
+from niels_gpt.settings import PHASES, PhaseSettings, Settings, validate_overrides
+from niels_gpt.train.start import eval_shape
+
+START_S = 8.0  # starting the program and loading its libraries
+PHASE_S = 2.5  # of a phase's time that no step gets: opening caches, warming up, saving
+EVALUATIONS = 3  # of a phase, two on the way and one at its end
+SFT_SPEED = (
+    0.88  # tokens/s of fine-tuning over those of pretraining (docs/planning.md): fewer rows a step, packed chats
+)
+EVALUATION_SHARE = 0.05  # of the time at most
+EVALUATED = 0.4  # time of an evaluated token over that of a trained one
+SAVE_S = 600.0  # between scheduled saves of a long phase
+SAVES = 2.5  # scheduled saves of a phase; the half keeps a slower machine from making one more or less
+SHORTEST = 2.0**-12  # share of the time that a run must take
+SEARCH_ROUNDS = 60  # of a golden section: to the last token
+GOLDEN = (5**0.5 - 1) / 2
+LEAST_TRAINING_S = 20.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model and its run."""
+
+    shape: Shape
+    size: Size
+    dropout: float
+    micro_B: int
+    accum_steps: int
+    sft_micro_B: int
+    sft_accum_steps: int
+    checkpointing: bool
+    base_lr: float
+    muon_lr: float
+    tokens: float  # of both phases
+    epochs: float  # how often the text is read
+    steps: Mapping[str, int]  # of each phase, expected
+    tokens_per_s: float
+    measured: bool  # whether this very size was probed
+    prediction: Prediction
+    peak_bytes: float
+    disk_bytes: float
+    seconds: Mapping[str, float]  # tokenizer, caches, pretrain, sft, evaluation, start
+    evaluated_windows: int | None  # None: all of the validation text
+    overrides: Mapping[str, Any]
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON values."""
+        values = asdict(self)
+        return {"name": self.shape.name, **values, "total_seconds": self.total_seconds}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be planned."""
+
+    hours: float
+    settings: Settings  # the recipe on the sources asked for
+    overrides: Mapping[str, Any]
+    text: Text
+    machine: Machine
+    law: Law
+    scale: Scale
+
+
+def shapes(settings: Settings) -> list[Shape]:
+    """The sizes to choose from, the MLP as wide as the recipe has it."""
+    ratio = settings.model.d_ff / settings.model.C
+    return [Shape(dims.C, dims.L, dims.H, round(ratio * dims.C)) for dims in settings.plan.sizes]
+
+
+def candidates(question: Question, costs: Costs) -> list[Candidate]:
+    """The best run of every size that fits, best first; ValueError if none does."""
+    found = [best for shape in shapes(question.settings) if (best := _best(question, costs, shape)) is not None]
+    if not found:
+        machine = question.machine
+        raise ValueError(
+            f"no model fits: a run may take {machine.memory_bytes / 1e9:.2f} GB of memory and"
+            f" {machine.disk_bytes / 1e9:.2f} GB of disk here; free some"
+        )
+    return sorted(found, key=lambda c: (c.prediction.bpb, c.size.parameters))
+
+
+def _best(question: Question, costs: Costs, shape: Shape) -> Candidate | None:
+    """The run of a size that is predicted to end best, among dropouts; None if it does not fit."""
+    found = [candidate_of(question, costs, shape, dropout) for dropout in question.settings.plan.dropouts]
+    return min((c for c in found if c is not None), key=lambda c: (c.prediction.bpb, c.dropout), default=None)
+
+
+def candidate_of(question: Question, costs: Costs, shape: Shape, dropout: float) -> Candidate | None:
+    """One size and dropout with all the time there is, or less if that is predicted to end better."""
+    cut = _that_fits(question, costs, shape, dropout)
+    if cut is None:
+        return None
+    overrides, settings = cut
+    size, text = size_of(settings.model), question.text
+    rate = 1 / costs.seconds_per_token(size)
+    whole = 3600 * question.hours
+    val_tokens = text.val_tokens(settings.data.val_pretrain_source)
+    evaluation = min(val_tokens * EVALUATED / rate, EVALUATION_SHARE * whole)
+    training = whole - text.tokenizer_s - text.caches_s - evaluation - START_S
+    if training < LEAST_TRAINING_S:
+        raise ValueError(
+            f"{question.hours:g} hours leave no time for training: tokenizer and caches alone take"
+            f" {text.tokenizer_s + text.caches_s:.0f} s; ask for more hours or give less text"
+        )
+    speeds = {"pretrain": rate, "sft": rate * SFT_SPEED}
+    lost = {p: PHASE_S + EVALUATIONS * _evaluated_tokens(settings, p) * EVALUATED / rate for p in speeds}
+    most = sum(speeds[p] * max(1.0, training * share - lost[p]) for p, share in _shares())
+    tokens = best_tokens(question.law, size, most, unique=text.unique_tokens, dropout=dropout)
+    seconds = {p: training * share * tokens / most for p, share in _shares()}
+    steps = {p: max(1, round(speeds[p] * max(1.0, seconds[p] - lost[p]) / step_tokens(settings, p))) for p in seconds}
+    overrides = _scheduled(overrides, steps, seconds)
+    settings = validate_overrides(overrides)
+    disk = disk_bytes(settings, steps, text.cache_bytes)
+    if disk > question.machine.disk_bytes:
+        return None
+    read = tokens * (1 - SFT_SHARE * (1 - settings.data.replay_pretrain))
+    pretrain, sft = settings.training.pretrain, settings.training.sft
+    windows = int(evaluation * rate / EVALUATED / settings.model.T)
+    return Candidate(
+        shape=shape,
+        size=size,
+        dropout=dropout,
+        micro_B=pretrain.micro_B,
+        accum_steps=pretrain.accum_steps,
+        sft_micro_B=sft.micro_B,
+        sft_accum_steps=sft.accum_steps,
+        checkpointing=pretrain.activation_checkpointing,
+        base_lr=pretrain.base_lr,
+        muon_lr=pretrain.muon_lr,
+        tokens=tokens,
+        epochs=read / text.unique_tokens,
+        steps=steps,
+        tokens_per_s=rate,
+        measured=any(m.name == shape.name for m in costs.measured),
+        prediction=question.law.predict(size, tokens, unique=text.unique_tokens, dropout=dropout, scale=question.scale),
+        peak_bytes=peak_bytes(question, costs, settings),
+        disk_bytes=disk,
+        seconds={
+            "start": START_S,
+            "tokenizer": text.tokenizer_s,
+            "caches": text.caches_s,
+            **seconds,
+            "evaluation": evaluation,
+        },
+        evaluated_windows=None if windows * settings.model.T >= 0.98 * val_tokens else max(1, windows),
+        overrides=overrides,
+    )
+
+
+def peak_bytes(question: Question, costs: Costs, settings: Settings) -> float:
+    """Memory at the highest: on a CPU of the whole process, which has read the text before it trains."""
+    training = costs.peak_bytes(settings)
+    return training + question.text.left_bytes if question.machine.device == "cpu" else training
+
+
+def _shares() -> tuple[tuple[str, float], ...]:
+    return ("pretrain", 1 - SFT_SHARE), ("sft", SFT_SHARE)
+
+
+def best_tokens(law: Law, size: Size, most: float, *, unique: float, dropout: float) -> float:
+    """How many tokens of at most `most` are predicted to end best: all of them, until reading again does harm."""
+
+    def bits(log_tokens: float) -> float:
+        return law.curve(size, math.exp(log_tokens), unique=unique, dropout=dropout)
+
+    low, high = math.log(most * SHORTEST), math.log(most)
+    if bits(high) <= bits(high - 1e-3):
+        return most
+    for _ in range(SEARCH_ROUNDS):
+        left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+        low, high = (low, right) if bits(left) <= bits(right) else (left, high)
+    return math.exp((low + high) / 2)
+
+
+def _evaluated_tokens(settings: Settings, phase: str) -> int:
+    """Positions of one evaluation on the way: every source's windows, or those of text and chats."""
+    batches, rows = eval_shape(getattr(settings.training, phase))
+    sources = len(settings.data.mix_pretrain) if phase == "pretrain" else 2
+    return sources * batches * rows * settings.model.T
+
+
+def step_tokens(settings: Settings, phase: str) -> int:
+    """Positions of one optimizer step."""
+    options: PhaseSettings = getattr(settings.training, phase)
+    return options.micro_B * options.accum_steps * settings.model.T
+
+
+def _that_fits(
+    question: Question, costs: Costs, shape: Shape, dropout: float
+) -> tuple[dict[str, Any], Settings] | None:
+    """The recipe's batch in the largest microbatches that fit, with all activations kept if possible."""
+    whole = sized(question.overrides, shape, dropout=dropout)
+    rows = {p: whole["training"][p]["micro_B"] for p in PHASES}
+    for checkpointing in (False, True):
+        cut = 1
+        while cut <= max(rows.values()):
+            training = {**whole["training"]}
+            for phase in PHASES:
+                cuts = min(cut, rows[phase])
+                training[phase] = {
+                    **training[phase],
+                    "micro_B": rows[phase] // cuts,
+                    "accum_steps": cuts,
+                    "activation_checkpointing": checkpointing,
+                }
+            overrides = {**whole, "training": training}
+            settings = validate_overrides(overrides)
+            if peak_bytes(question, costs, settings) <= question.machine.memory_bytes:
+                return overrides, settings
+            cut *= 2
+    return None
+
+
+def _scheduled(overrides: Mapping[str, Any], steps: Mapping[str, int], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """The recipe on this time budget: its schedule runs on the clock, its warm-up and saves by these steps."""
+    tuned = validate_overrides(overrides).training
+    training = {**overrides["training"], "sft_share": SFT_SHARE}
+    for phase, n in steps.items():
+        options: PhaseSettings = getattr(tuned, phase)
+        every = max(1, round(n / max(SAVES, seconds[phase] / SAVE_S + 0.5)))
+        training[phase] = {
+            **training[phase],
+            "minutes": seconds[phase] / 60,
+            "total_steps": n,
+            "warmup_steps": round(n * options.warmup_steps / options.total_steps),
+            "ckpt_every": every,
+            "eval_every": every,
+            "log_every": max(1, min(options.log_every, n // 10)),
+        }
+    return {**overrides, "training": training}

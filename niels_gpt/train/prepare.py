@@ -1,0 +1,127 @@
+"""What training needs before it starts: tokenizer, caches, and checkpoints of other runs out of the way
+
+What is there already and still right is used again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from niels_gpt import checkpoint as ckpt
+from niels_gpt import files, paths
+from niels_gpt.cache.pretrain import build_pretrain
+from niels_gpt.cache.sft import build_sft
+from niels_gpt.data.registry import get_source
+from niels_gpt.data.types import Document
+from niels_gpt.settings import PHASES, Settings
+from niels_gpt.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
+from niels_gpt.train.sft import sft_fingerprint
+from niels_gpt.train.start import fingerprint
+
+Say = Callable[[str], None]
+T = TypeVar("T")
+
+
+def step(console: Console, title: str, work: Callable[[Say], T]) -> T:
+    """Run one step with a spinner and elapsed time on a terminal, and one line that says what came of it."""
+    began = time.perf_counter()
+    outcome: list[str] = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+
+        def say(text: str) -> None:
+            outcome[:] = [text]
+            bar.update(task, description=f"{title}: {text}")
+
+        result = work(say)
+    console.print(f"[{title}] {outcome[0] if outcome else 'done'} ({time.perf_counter() - began:.1f} s)", markup=False)
+    return result
+
+
+def make_tokenizer(settings: Settings, seed: int, say: Say) -> SentencePieceTokenizer:
+    """Train the tokenizer on the training documents of the mix, or use the one that is there and still right."""
+    path = Path(settings.tokenizer.model_path)
+    meta_path = path.with_name("tokenizer_meta.json")
+    sources = {name: get_source(name).describe(settings, "pretrain") for name in sorted(settings.data.mix_pretrain)}
+    wanted = {"sources": sources, "asked_vocab_size": settings.tokenizer.vocab_size}
+    if path.is_file() and meta_path.is_file():
+        meta = files.read_json(meta_path)
+        if {key: meta.get(key) for key in wanted} == wanted and meta.get("tokenizer_sha256") == files.sha256_file(path):
+            say(f"reused {path}")
+            return load_tokenizer(path)
+    say("reading text")
+    texts = (document.text for name in sources for document in (get_source(name).documents or _none)(settings, "train"))
+    train_tokenizer(texts, path.parent, vocab_size=settings.tokenizer.vocab_size, seed=seed, sources=wanted)
+    tokenizer = load_tokenizer(path)
+    say(f"{tokenizer.vocab_size:,} pieces, in {path}")
+    return tokenizer
+
+
+def _none(settings: Settings, split: str) -> Iterator[Document]:
+    return iter(())
+
+
+def make_caches(settings: Settings, seed: int, tokenizer: SentencePieceTokenizer, say: Say) -> None:
+    """Build the token caches of both phases; each is kept if data, split and tokenizer are the same."""
+    caches, reused, tokens = settings.data.caches, 0, 0
+    for name in sorted(settings.data.mix_pretrain):
+        say(f"{name} text")
+        meta = build_pretrain(settings, tokenizer, name, root=caches.pretrain_token_cache, seed=seed)
+        reused += bool(meta.get("reused"))
+        tokens += meta["train_tokens"]
+    for name in sorted(settings.data.mix_sft):
+        say(f"{name} chats")
+        meta = build_sft(settings, tokenizer, name, root=caches.sft_token_cache, seed=seed)
+        reused += bool(meta.get("reused"))
+    total = len(settings.data.mix_pretrain) + len(settings.data.mix_sft)
+    kept = f", {reused} of {total} caches reused" if reused else ""
+    say(f"{tokens:,} tokens to pretrain on{kept}")
+
+
+def _data(settings: Settings, phase: str | None) -> dict[str, str]:
+    """What a phase would learn from now."""
+    if phase == "sft":
+        return sft_fingerprint(settings, settings.data.mix_sft)
+    return fingerprint(settings.data.caches.pretrain_token_cache, settings.data.mix_pretrain)
+
+
+def set_other_runs_aside(settings: Settings, console: Console, *, any_budget: bool = False) -> None:
+    """Move checkpoints of other settings or data away; those of this run stay, to be gone on with.
+
+    any_budget: a run with another time budget is the same run.
+    """
+    if not _is_same_run(settings, any_budget) and paths.CHECKPOINT_DIR.is_dir():
+        aside = paths.CHECKPOINT_DIR.with_name(f"checkpoints-{datetime.now():%Y%m%d-%H%M%S}")
+        shutil.move(paths.CHECKPOINT_DIR, aside)
+        console.print(f"checkpoints of other settings or data moved to {aside}", markup=False)
+
+
+def _is_same_run(settings: Settings, any_budget: bool) -> bool:
+    """Whether the checkpoints here were made with these settings from these caches, and may be gone on with."""
+    found = [path for phase in ("pretrain", "sft") if (path := ckpt.newest_good(phase)) is not None]
+    wanted = settings.model_dump(mode="json")
+    for path in found:
+        record = ckpt.load_checkpoint(path, device="cpu")["resume"] or {}
+        made = record.get("settings") or {}
+        if any_budget and made:
+            made = _without_budget(made)
+        if made != (_without_budget(wanted) if any_budget else wanted):
+            return False
+        if record.get("data") != _data(settings, record.get("phase")):
+            return False
+    return bool(found)
+
+
+def _without_budget(settings: dict[str, Any]) -> dict[str, Any]:
+    training = settings["training"]
+    phases = {name: {**training[name], "minutes": None} for name in PHASES}
+    return {**settings, "training": {**training, **phases}}
