@@ -14,6 +14,7 @@ RUNS_DIR = Path("runs")
 CONFIG_DIR = Path("configs")
 
 _PACKAGE = Path(__file__).resolve().parent
+IMPORT_ROOT = _PACKAGE.parent  # what a new interpreter needs on its path to `import niels_gpt`
 # What holds the shipped configs/ and data/: the checkout, or of an installed wheel the folder that setup.py put there.
 PROJECT_ROOT = _PACKAGE.parent if (_PACKAGE.parent / "pyproject.toml").is_file() else _PACKAGE / "shipped"
 

@@ -7,8 +7,11 @@ one process, which saves importing the libraries for each. What cannot run here 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +61,11 @@ ELSEWHERE = {  # a beginning of commands -> the test in tests/ that runs them
     "python -m train.run --phase pipeline --config configs/offline_pipeline.json --until": (
         "train/test_budget.py::test_the_command_keeps_its_time"
     ),
+    "python tools/bench_sweep.py": "test_bench_sweep_smoke.py::test_a_sweep_measures_and_writes_its_files",
+    "niels-gpt bench": "test_bench_sweep_smoke.py::test_a_sweep_measures_and_writes_its_files",
+    "niels-gpt plan": "test_spec_commands.py::test_a_plan_and_its_run",
+    "niels-gpt train --plan": "test_spec_commands.py::test_a_plan_and_its_run",
+    "niels-gpt doctor": "doctor/test_cli.py::test_a_machine_that_works",
     "python tools/audit_config_coverage.py": "test_audit.py::test_this_project_is_clean",
     "python tools/bench_train.py": (
         "tools/test_bench_train.py::test_the_program_times_what_is_there_and_names_what_is_not"
@@ -238,7 +246,10 @@ def test_every_other_command_has_its_own_test() -> None:
     for test in ELSEWHERE.values():
         path, name = test.split("::")
         assert name in names_in(ROOT / "tests" / path), test
-    assert [line for line in SPECIFIED if elsewhere(line)] == ["python tools/audit_config_coverage.py"]
+    assert [line for line in SPECIFIED if elsewhere(line)] == [
+        *(line for line in SPECIFIED if "bench_sweep" in line),
+        "python tools/audit_config_coverage.py",
+    ]
     assert len(SPECIFIED) >= 30 and len(DOCUMENTED) >= 40
 
 
@@ -256,3 +267,20 @@ def test_what_training_leaves(world: tuple[Path, dict[str, Ran]]) -> None:
     assert files.sha256_file(offline / "best.pt") != files.sha256_file(offline / "pretrain" / "best.pt")
     published = load_checkpoint(world[0] / "fresh" / "checkpoints" / "best.pt", device="cpu")
     assert published["step"] > 0
+
+
+@pytest.mark.soak
+def test_a_plan_and_its_run(tmp_path: Path) -> None:
+    """Measuring takes a minute, and training what was asked for."""
+    for line in ("plan --hours 0.05 --device cpu --out plan.json", "train --plan plan.json"):
+        done = subprocess.run(
+            [sys.executable, "-m", "niels_gpt.cli", *line.split()],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert load_checkpoint(tmp_path / "checkpoints/best.pt", device="cpu")["step"] > 0

@@ -26,6 +26,7 @@ from niels_gpt.quickstart import make_plan
 from niels_gpt.recall import held_out_questions
 from niels_gpt.settings import resolve_settings
 from niels_gpt.data.registry import get_source
+from niels_gpt.plan.law import shipped_law
 from niels_gpt.streams import StreamBuildConfig, build_sources
 from niels_gpt.train.pipeline import pipeline_configs
 from niels_gpt.train.run import profiles
@@ -41,6 +42,7 @@ print(json.dumps({
     "texts": sum(1 for _ in get_source("primer").documents(settings, "train")),
     "chats": sum(1 for _ in get_source("primer").chats(settings, "train")),
     "stream": len(train["primer"]),
+    "law": type(shipped_law()).__name__,
     "held out": len(held_out_questions(paths.shipped("data/primer_heldout.jsonl"))),
 }))
 chat = ["chat", "--ckpt", sys.argv[1], "--temperature", "0", "--system", "", "--prompt", "hi"]
@@ -84,7 +86,7 @@ def test_the_wheel_holds_every_module_and_all_data_and_no_more(wheel: Path) -> N
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read(f"niels_gpt-{niels_gpt.__version__}.dist-info/METADATA").decode()
         entry_points = archive.read(f"niels_gpt-{niels_gpt.__version__}.dist-info/entry_points.txt").decode()
-    suffixes = {".py", ".cpp", ".h"}
+    suffixes = {".py", ".cpp", ".h", ".json"}
     modules = {
         path.relative_to(ROOT).as_posix()
         for folder in ("niels_gpt", "train", "scripts")
@@ -118,7 +120,7 @@ def test_an_installation_finds_its_files_and_chats(unpacked: Path, tmp_path: Pat
     assert said["root"] == str(shipped)
     assert said["profiles"] == sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
     assert said["pipeline"] == [str(shipped / "configs/pretrain.json"), str(shipped / "configs/sft.json")]
-    assert said["V of byte.json"] == 256
+    assert said["V of byte.json"] == 256 and said["law"] == "Law"
     assert said["system"] == (ROOT / "configs/system_surly.txt").read_text(encoding="utf-8").strip()
     assert said["texts"] > 1000 and said["chats"] > 1000 and said["stream"] > 100_000 and said["held out"] == 60
 

@@ -128,7 +128,7 @@ def run_trial(trial: Trial, timeout_s: float) -> Result:
     """
     began = time.monotonic()
     command = [sys.executable, "-m", PROGRAM, "--trial", json.dumps(trial.as_dict())]
-    path = os.pathsep.join(filter(None, (str(paths.PROJECT_ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(paths.IMPORT_ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}
     with subprocess.Popen(
         command,

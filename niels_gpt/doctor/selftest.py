@@ -56,7 +56,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 def _in_a_process(device: str, folder: str) -> Outcome:
     command = [sys.executable, "-m", "niels_gpt.doctor.selftest", device]
-    path = os.pathsep.join(filter(None, (str(paths.PROJECT_ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(paths.IMPORT_ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}
     began = time.monotonic()
     try:
