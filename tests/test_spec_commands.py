@@ -270,6 +270,7 @@ def test_what_training_leaves(world: tuple[Path, dict[str, Ran]]) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1200)
 def test_a_plan_and_its_run(tmp_path: Path) -> None:
     """Measuring takes a minute, and training what was asked for."""
     for line in ("plan --hours 0.05 --device cpu --out plan.json", "train --plan plan.json"):
