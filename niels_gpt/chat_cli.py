@@ -16,9 +16,9 @@ import sys
 from dataclasses import asdict
 from typing import Any, TextIO, get_args
 
-from niels_gpt import files
 from niels_gpt.chat import DEFAULT_SEED, answer_once, build_options, note, run_chat, system_prompt
 from niels_gpt.checkpoint import load_model
+from niels_gpt.command import exit_status
 from niels_gpt.device import resolve_device
 from niels_gpt.generate import Sampling
 from niels_gpt.settings import Weights
@@ -109,18 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         note(f"error: {error}")
         return 2
-    try:
-        status = _run(args)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        files.discard_output()
-        return 0
-    except (ValueError, OSError) as error:
-        note(f"error: {files.explained(error)}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: _run(args), reader_gone=0)
 
 
 if __name__ == "__main__":

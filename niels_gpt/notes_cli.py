@@ -29,6 +29,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from niels_gpt.cache.pretrain import build_pretrain
+from niels_gpt.command import exit_status
 from niels_gpt.data import roam, text
 from niels_gpt.data.notes.report import BYTES_PER_TOKEN, make_report, remarks
 from niels_gpt.data.notes.source import open_notes
@@ -44,14 +45,7 @@ _SPLITS = {"roam": roam.split_vault, "text": text.split_vault}
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    try:
-        return _run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; an unfinished cache was removed", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _run(args), stopped="stopped; an unfinished cache was removed")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,6 +23,8 @@ from niels_gpt.settings import Settings
 SAMPLE_QUESTIONS = ("what is your name?", "what is the capital of france?", "tell me a joke")
 HELD_OUT = "data/primer_heldout.jsonl"
 UNIFORM_BITS = 8.0  # bits per byte of a model that knows nothing
+FULL_AFTER_MINUTES = 5.0  # of training; a shorter run is measured on an even sample, or measuring would take longer
+FEWEST_WINDOWS, FEWEST_QUESTIONS = 32, 100
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Summary:
     seconds: dict[str, float]
     scores: dict[str, SourceScore]
     trained_recall: Recall
+    trained_questions: int  # that there are; a short run is asked a sample of them
     held_out_recall: Recall
     samples: list[tuple[str, str]]
 
@@ -54,10 +57,12 @@ def measure(
     say: Callable[[str], None],
 ) -> Summary:
     """Measure the finished model; everything here is computed now, from the files it was trained with."""
+    share = min(1.0, sum(getattr(settings.training, phase).minutes for phase in trained) / FULL_AFTER_MINUTES)
     say("bits per byte")
-    scores = source_scores(loaded, settings)
+    scores = source_scores(loaded, settings, share)
     say("primer recall")
-    trained_recall = measure_recall(loaded, trained_questions(settings), system=system)
+    questions = trained_questions(settings)
+    trained_recall = measure_recall(loaded, sample_of(questions, share), system=system)
     held_out = measure_recall(loaded, held_out_questions(paths.shipped(HELD_OUT)), system=system)
     say("sample replies")
     options = {phase: getattr(settings.training, phase) for phase in trained}
@@ -68,6 +73,7 @@ def measure(
         seconds={p: r["seconds"] for p, r in trained.items()},
         scores=scores,
         trained_recall=trained_recall,
+        trained_questions=len(questions),
         held_out_recall=held_out,
         samples=sample_replies(loaded, system),
     )
@@ -75,8 +81,17 @@ def measure(
     return summary
 
 
-def source_scores(loaded: LoadedModel, settings: Settings) -> dict[str, SourceScore]:
-    """Bits per byte of the whole validation split of every pretraining source, before and after fine-tuning."""
+def sample_of(questions: dict[str, list[str]], share: float) -> dict[str, list[str]]:
+    """A share of the questions, evenly spread over them."""
+    asked = min(len(questions), max(FEWEST_QUESTIONS, round(share * len(questions))))
+    names = list(questions)
+    return {names[i * len(names) // asked]: questions[names[i * len(names) // asked]] for i in range(asked)}
+
+
+def source_scores(loaded: LoadedModel, settings: Settings, share: float = 1.0) -> dict[str, SourceScore]:
+    """Bits per byte of every pretraining source before and after fine-tuning, on the same windows of its validation
+    split: a share of them, evenly spread.
+    """
     device = loaded.model.tok_emb.weight.device.type
     base = load_model(phase_paths("pretrain").best, device=device).model
     precision = choose_precision(device, settings.training.pretrain.amp, settings.training.pretrain.amp_dtype)
@@ -87,8 +102,10 @@ def source_scores(loaded: LoadedModel, settings: Settings) -> dict[str, SourceSc
         assert documents is not None, f"{name} is in mix_pretrain, so it has text"
         texts = {split: (d.text.encode() for d in documents(settings, split)) for split in ("train", "val")}
         unigram = byte_unigram_bits(texts["train"], texts["val"])
+        windows = sum(len(array) for array in stream.arrays) // settings.model.T
+        most = max(FEWEST_WINDOWS, round(share * windows))
         before, after = (
-            bits_per_byte(model, stream, loaded.tokenizer, B=32, device=device, precision=precision)
+            bits_per_byte(model, stream, loaded.tokenizer, B=32, device=device, precision=precision, max_windows=most)
             for model in (base, loaded.model)
         )
         scores[name] = SourceScore(before.value, after.value, unigram, after.text_bytes)
@@ -125,7 +142,9 @@ def show(console: Console, summary: Summary, seconds: float) -> None:
         figures = (f"{s.base:.3f}", f"{s.final:.3f}", f"{s.unigram:.3f}", f"{UNIFORM_BITS:.3f}", f"{s.text_bytes:,}")
         table.add_row(name, *figures)
     console.print(table)
-    for title, recall in (("trained questions", summary.trained_recall), ("held-out", summary.held_out_recall)):
+    asked, known = summary.trained_recall.asked, summary.trained_questions
+    which = "trained questions" if asked == known else f"{asked:,} of {known:,} trained questions"
+    for title, recall in ((which, summary.trained_recall), ("held-out", summary.held_out_recall)):
         console.print(f"primer recall, {title}: {recall.right}/{recall.asked} ({recall.share:.1%})", markup=False)
     console.print("\nsample replies at temperature 0:", markup=False)
     for question, reply in summary.samples:

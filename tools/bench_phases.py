@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from niels_gpt import paths
+from niels_gpt.command import exit_status
 from niels_gpt.settings import load_overrides
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.runs_cli import find_run, show_run
@@ -33,17 +34,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "mps", "cuda"], default="cpu")
     parser.add_argument("--out", metavar="DIR", help="keep checkpoints and logs here")
     args = parser.parse_args(argv)
-    try:
-        overrides = load_overrides(args.config)
-        overrides.setdefault("training", {}).setdefault("pretrain", {})["minutes"] = args.minutes
-        with tempfile.TemporaryDirectory() as scratch:
-            out = Path(args.out or scratch)
-            paths.CHECKPOINT_DIR, paths.RUNS_DIR = out / "checkpoints", out / "runs"
-            run_pretrain(overrides, device=args.device, no_auto_resume=True, quiet=True)
-            return show_run(Console(highlight=False, soft_wrap=True), find_run(None), args.limit)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    overrides = load_overrides(args.config)
+    overrides.setdefault("training", {}).setdefault("pretrain", {})["minutes"] = args.minutes
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(args.out or scratch)
+        paths.CHECKPOINT_DIR, paths.RUNS_DIR = out / "checkpoints", out / "runs"
+        run_pretrain(overrides, device=args.device, no_auto_resume=True, quiet=True)
+        return show_run(Console(highlight=False, soft_wrap=True), find_run(None), args.limit)
 
 
 if __name__ == "__main__":

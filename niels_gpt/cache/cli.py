@@ -35,6 +35,7 @@ from niels_gpt.cache.sft_build import build_primer_sft_cache
 from niels_gpt.cache.shared import Progress
 from niels_gpt.cache.show import show, summary, verify
 from niels_gpt.cache.watch import watching
+from niels_gpt.command import exit_status
 from niels_gpt.data.primer_source import find_jsonl
 from niels_gpt.data.registry import canonical_name, get_source, is_optional
 from niels_gpt.settings import Settings
@@ -43,14 +44,7 @@ from niels_gpt.tokenizer import SentencePieceTokenizer, Tokenizer
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    try:
-        return int(args.run(args))
-    except (ValueError, OSError) as error:
-        print(f"error: {files.explained(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on from here", file=sys.stderr)
-        return 130
+    return exit_status(lambda: int(args.run(args)), stopped="stopped; run the same command again to go on from here")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,10 +6,12 @@ validation prompt is never in train. A turn of the package is a list of utteranc
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.resources
 import json
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ NAME = "chitchat"
 MIN_CHAT_TURNS = 4
 
 Turn = tuple[str, str]  # sender, text
+Turns = list[Turn]
 
 
 def documents(settings: Settings, split: str) -> Iterator[Document]:
@@ -71,23 +74,25 @@ def val_prompts(prompts: set[str], settings: Settings) -> set[str]:
     return set(random.Random(chosen.split_seed).sample(sorted(prompts), chosen.val_prompts))
 
 
-def _dialogues(settings: Settings, split: str) -> Iterator[list[Turn]]:
-    dialogues = json.loads(_dataset_path().read_bytes()).values()
-    held_out = val_prompts({_prompt(dialogue) for dialogue in dialogues}, settings)
-    for dialogue in dialogues:
-        if (_prompt(dialogue) in held_out) == (split == "val"):
-            turns = [turn for group in dialogue["messages"] if (turn := _turn(group))[1]]
-            if len(turns) >= 2:
-                yield turns
+def _dialogues(settings: Settings, split: str) -> Iterator[Turns]:
+    path = _dataset_path()
+    dialogues = _read(path, path.stat().st_mtime_ns)
+    held_out = val_prompts({prompt for prompt, _ in dialogues}, settings)
+    for prompt, turns in dialogues:
+        if (prompt in held_out) == (split == "val") and len(turns) >= 2:
+            yield turns
 
 
-def _prompt(dialogue: dict[str, Any]) -> str:
-    return dialogue.get("prompt") or ""  # some have none: a group of their own
+@functools.lru_cache(maxsize=1)  # a quickstart asks for them ten times
+def _read(path: Path, changed_at: int) -> list[tuple[str, Turns]]:
+    """(prompt, turns that say something) of every dialogue; the prompt of those that have none is ""."""
+    dialogues = json.loads(path.read_bytes()).values()
+    return [(d.get("prompt") or "", [t for group in d["messages"] if (t := _turn(group))[1]]) for d in dialogues]
 
 
 def _turn(group: list[dict[str, str]]) -> Turn:
     text = " ".join(" ".join(utterance["text"] for utterance in group).split())
-    return (group[0]["sender"] if group else "", text)
+    return (sys.intern(group[0]["sender"]) if group else "", text)
 
 
 def _dataset_path() -> Path:

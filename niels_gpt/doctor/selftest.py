@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -56,7 +55,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _in_a_process(device: str, folder: str) -> Outcome:
-    command = [sys.executable, "-m", "niels_gpt.doctor.selftest", "--device", device]
+    command = [sys.executable, "-m", "niels_gpt.doctor.selftest", device]
     path = os.pathsep.join(filter(None, (str(paths.IMPORT_ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}
     began = time.monotonic()
@@ -112,15 +111,7 @@ def run(device: str) -> Outcome:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The doctor's self-test, in the current folder.")
-    parser.add_argument("--device", required=True)
-    args = parser.parse_args(argv)
-    with redirect_stdout(sys.stderr):
-        outcome = run(args.device)
-    print(json.dumps(asdict(outcome)))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    with redirect_stdout(sys.stderr):
+        found = run(sys.argv[1])
+    print(json.dumps(asdict(found)))

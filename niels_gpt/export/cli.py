@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from niels_gpt import files
 from niels_gpt.checkpoint import load_model
+from niels_gpt.command import exit_status
 from niels_gpt.export import gguf_file, hf
 from niels_gpt.export.publishing import export_gguf, export_hf
 
@@ -47,36 +47,26 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.kind == "gguf" and args.out.suffix == ".gguf":
         parser.error(f"--out names a folder, which will hold the .gguf files; try --out {args.out.with_suffix('')}")
-    try:
-        with Console(stderr=True).status("reading the checkpoint") as status:
-            loaded = load_model(
-                args.ckpt,
-                device="cpu",
-                tokenizer_path=args.tokenizer,
-                ignore_tokenizer_hash=args.ignore_tokenizer_hash,
-            )
-            if args.kind == "hf":
-                lines = export_hf(loaded, args.out, args.dtype[0], overwrite=args.overwrite, say=status.update)
-            else:
-                dtypes = list(dict.fromkeys(args.dtype))
-                lines = export_gguf(
-                    loaded,
-                    args.out,
-                    dtypes,
-                    overwrite=args.overwrite,
-                    approximate_gelu=args.approximate_gelu,
-                    say=status.update,
-                )
-    except (ValueError, OSError) as error:
-        print(f"error: {files.explained(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"interrupted; there is nothing at {args.out}", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _export(args), stopped=f"interrupted; there is nothing at {args.out}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    with Console(stderr=True).status("reading the checkpoint") as status:
+        loaded = load_model(
+            args.ckpt,
+            device="cpu",
+            tokenizer_path=args.tokenizer,
+            ignore_tokenizer_hash=args.ignore_tokenizer_hash,
+        )
+        dtypes = list(dict.fromkeys(args.dtype))
+        common = {"overwrite": args.overwrite, "say": status.update}
+        if args.kind == "hf":
+            lines = export_hf(loaded, args.out, dtypes[0], **common)
+        else:
+            lines = export_gguf(loaded, args.out, dtypes, approximate_gelu=args.approximate_gelu, **common)
     for line in lines:
         print(line)
     print(f"exported to {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

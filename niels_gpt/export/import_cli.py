@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from niels_gpt import files
 from niels_gpt.checkpoint import save_checkpoint
+from niels_gpt.command import exit_status
 from niels_gpt.export.import_hf import Imported, read_hf
 from niels_gpt.export.publishing import quiet_transformers
 from niels_gpt.export.verify import load_with_transformers, same_logits
@@ -55,20 +55,17 @@ def import_hf(folder: Path, out: Path) -> Imported:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    try:
-        if args.out.exists() and not args.overwrite:
-            raise ValueError(f"{args.out} is there already; choose another name, or pass --overwrite")
-        with Console(stderr=True).status(f"reading {args.folder} and comparing it with transformers"):
-            found = import_hf(args.folder, args.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {files.explained(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: _import(args), stopped=f"interrupted; nothing was written to {args.out}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    if args.out.exists() and not args.overwrite:
+        raise ValueError(f"{args.out} is there already; choose another name, or pass --overwrite")
+    with Console(stderr=True).status(f"reading {args.folder} and comparing it with transformers"):
+        found = import_hf(args.folder, args.out)
     for line in found.notes:
         print(f"note: {line}")
     print(f"imported to {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

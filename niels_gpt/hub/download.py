@@ -10,10 +10,11 @@ import argparse
 import sys
 from pathlib import Path, PurePosixPath
 
-from niels_gpt import files, paths
+from niels_gpt import paths
 from niels_gpt.checkpoint import is_byte_model, is_good, load_checkpoint
 from niels_gpt.checkpoint.loaded import TOKENIZER_BESIDE, recorded_tokenizer
 from niels_gpt.checkpoint.weights import check_weights, model_config_of
+from niels_gpt.command import exit_status
 from niels_gpt.config import V1
 from niels_gpt.hub.fetch import DEFAULT_REPO, NotThere, fetch, locate
 from niels_gpt.tokenizer import load_tokenizer
@@ -101,16 +102,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not PurePosixPath(args.file).name:
         parser.error("--file is empty")
-    try:
+
+    def work() -> None:
         target = download_checkpoint(args.repo, args.file, revision=args.revision, out=args.out)
-    except (ValueError, OSError) as error:
-        _say(f"error: {files.explained(error)}")
-        return 1
-    except KeyboardInterrupt:
-        _say("stopped; the same command goes on where it was")
-        return 130
-    print(f"talk to it: niels-gpt chat --ckpt {target}")
-    return 0
+        print(f"talk to it: niels-gpt chat --ckpt {target}")
+
+    return exit_status(work, stopped="stopped; the same command goes on where it was")
 
 
 if __name__ == "__main__":

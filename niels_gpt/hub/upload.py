@@ -18,6 +18,7 @@ from niels_gpt import files, paths
 from niels_gpt.checkpoint import load_checkpoint, load_model, save_checkpoint
 from niels_gpt.checkpoint.format import Checkpoint
 from niels_gpt.checkpoint.loaded import TOKENIZER_BESIDE
+from niels_gpt.command import exit_status
 from niels_gpt.data.hub_errors import HubError
 from niels_gpt.hub.card import MADE_HERE, Published, card, own_text
 from niels_gpt.hub.fetch import DEFAULT_REPO, NotThere, fetch, library_for, locate, patiently
@@ -201,27 +202,22 @@ def main(argv: list[str] | None = None) -> int:
     add("--scores", type=Path, metavar="PATH", help="JSON of names and bits per byte for the card")
     add("--license", metavar="NAME", help="of the model, as the hub names licences, such as mit or cc-by-sa-4.0")
     args = parser.parse_args(argv)
-    try:
-        done = upload_checkpoint(
-            args.checkpoint,
-            args.repo,
-            private=args.private,
-            dry_run=args.dry_run,
-            weights_only=args.weights_only,
-            share_own_text=args.share_own_text,
-            tokenizer_path=args.tokenizer,
-            metrics=args.metrics,
-            scores=args.scores,
-            license=args.license,
-        )
-    except (ValueError, OSError) as error:
-        _say(f"error: {files.explained(error)}")
-        return 1
-    except KeyboardInterrupt:
-        _say("stopped; nothing was published")
-        return 130
-    print(done)
-    return 0
+    return exit_status(lambda: print(_upload(args)), stopped="stopped; nothing was published")
+
+
+def _upload(args: argparse.Namespace) -> str:
+    return upload_checkpoint(
+        args.checkpoint,
+        args.repo,
+        private=args.private,
+        dry_run=args.dry_run,
+        weights_only=args.weights_only,
+        share_own_text=args.share_own_text,
+        tokenizer_path=args.tokenizer,
+        metrics=args.metrics,
+        scores=args.scores,
+        license=args.license,
+    )
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class Writer:
         self.ids = check_ids(model, request.prompt_ids)
         self.left = request.max_new_tokens
         self._context, self._stop_ids = context, request.stop_ids
-        banned = _ban_mask(model.cfg.V, request.banned_ids, tokenizer)
+        banned = ban_mask(model.cfg.V, request.banned_ids, tokenizer)
         self._chooser = Chooser(request.sampling, self.ids, banned, request.generator)
         self._text = None if tokenizer is None else TextStream(tokenizer)
         self._begin = max(0, len(self.ids) - context)
@@ -235,7 +235,7 @@ def check_ids(model: GPT, ids: Sequence[int] | Tensor) -> list[int]:
     return plain
 
 
-def _ban_mask(V: int, banned_ids: Collection[int], tokenizer: Tokenizer | None) -> Tensor:
+def ban_mask(V: int, banned_ids: Collection[int], tokenizer: Tokenizer | None = None) -> Tensor:
     """(V,) bool: explicitly banned ids and those past the tokenizer's vocabulary."""
     wrong = [i for i in banned_ids if not 0 <= i < V]
     if wrong:

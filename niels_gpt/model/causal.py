@@ -27,10 +27,25 @@ def blocks_are_faster(q: Tensor, k: Tensor) -> bool:
     )
 
 
-@torch.compiler.disable
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D), each query seeing keys up to its own position) v; all (B, H, T, D), no dropout."""
+    return _attend(q, k, v)
+
+
+def stay_eager() -> None:
+    """Have `torch.compile` call this attention as it is, in blocks that are compiled from now on.
+
+    Not a decorator: that would load the compiler, seconds of every program's start, for those that never compile.
+    """
+    global _attend
+    _attend = torch.compiler.disable(_in_blocks)
+
+
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _Blocks.apply(q, k, v)
+
+
+_attend = _in_blocks
 
 
 class _Blocks(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from niels_gpt.config import NEW, Architecture, ModelConfig
 from niels_gpt.model.blocks import Block, build_norm
+from niels_gpt.model.causal import stay_eager
 from niels_gpt.model.loss import IGNORED, cross_entropy_sum
 
 INIT_STD = 0.02
@@ -86,6 +87,7 @@ class GPT(nn.Module):
         them. The cross-entropy and attention in blocks stay as they are: they are written out already.
         """
         self.compiled = True
+        stay_eager()
         for block in self.blocks:
             block.compile(backend=backend)
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from niels_gpt.command import exit_status
 from niels_gpt.special_tokens import SPECIAL_TOKENS
 from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from niels_gpt.tokenizer.corpus import (
@@ -132,30 +133,27 @@ def measure(tokenizer: Tokenizer, corpora: Sequence[Corpus], progress: Progress 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    try:
-        tokenizers = {name: _open(name) for name in dict.fromkeys(args.tokenizer)}
-        settings = settings_of(args)
-        paths = [Path(name) for name in dict.fromkeys(args.text_file + args.fineweb_file)]
-        if absent := [str(path) for path in paths if not path.is_file()]:
-            raise FileNotFoundError(f"there is no text file {', '.join(absent)}")
-        corpora = [file_corpus(path) for path in paths]
-        corpora += named_corpora(args.source, settings) + hub_corpora(args, settings)
-        if not corpora:
-            raise ValueError("name some text: --text-file FILE, --source NAME, --wikitext or --fineweb-bytes N")
-        console = Console(stderr=True)
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            measured = {name: measure(tokenizer, corpora, progress) for name, tokenizer in tokenizers.items()}
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: _report(args))
+
+
+def _report(args: argparse.Namespace) -> None:
+    tokenizers = {name: _open(name) for name in dict.fromkeys(args.tokenizer)}
+    settings = settings_of(args)
+    paths = [Path(name) for name in dict.fromkeys(args.text_file + args.fineweb_file)]
+    if absent := [str(path) for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"there is no text file {', '.join(absent)}")
+    corpora = [file_corpus(path) for path in paths]
+    corpora += named_corpora(args.source, settings) + hub_corpora(args, settings)
+    if not corpora:
+        raise ValueError("name some text: --text-file FILE, --source NAME, --wikitext or --fineweb-bytes N")
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        measured = {name: measure(tokenizer, corpora, progress) for name, tokenizer in tokenizers.items()}
     if args.json:
         print(json.dumps({name: _record(tokenizers[name], found) for name, found in measured.items()}, indent=2))
     else:
         _print(tokenizers, measured)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from niels_gpt import files
+from niels_gpt.command import exit_status
 from niels_gpt.settings import Settings
 from niels_gpt.tokenizer import MODEL_TYPES, SentencePieceTokenizer, load_tokenizer, train_tokenizer
 from niels_gpt.tokenizer.corpus import (
@@ -45,14 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (args.config or args.input_glob or args.source or args.wikitext or args.fineweb_bytes):
         shipped = " ".join(f"--source {name}" for name in SHIPPED_SOURCES)
         parser.error(f"name some text; {shipped} takes what comes with the installation")
-    try:
-        return _train(args)
-    except KeyboardInterrupt:
-        print("stopped; no tokenizer was written", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(lambda: _train(args), stopped="stopped; no tokenizer was written")
 
 
 def _parser() -> argparse.ArgumentParser:

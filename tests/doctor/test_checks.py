@@ -59,6 +59,8 @@ def test_a_gpu_without_code_is_named() -> None:
         ((7, 5), ["sm_80", "sm_90"], False),
         ((6, 1), ["sm_75", "sm_80"], False),
         ((12, 0), ["sm_80", "sm_90"], False),
+        ((8, 0), ["sm_86"], False),  # made for a newer one
+        ((8, 6), ["sm_90", "compute_90"], False),
         ((12, 0), ["sm_90", "compute_90"], True),  # compiled on the spot
         ((12, 0), ["sm_100", "sm_120"], True),
         ((9, 0), ["sm_90a"], True),

@@ -109,14 +109,24 @@ def test_what_follows_the_end_is_kept_back_before_it_was_ever_timed() -> None:
     assert budget.reserve == 300
 
 
-def test_a_finished_run_is_not_gone_on_with_unless_it_is_given_more(world: dict[str, Any]) -> None:
-    first = workshop.make_loop(world, minutes=0.01).run()
+def test_a_finished_run_is_not_gone_on_with_unless_it_is_given_more(world: dict[str, Any], clock: Clock) -> None:
+    spent = 0.0
+
+    def steps_after(minutes: float, *, resume: bool = True) -> int:
+        nonlocal spent
+        loop = workshop.make_loop(world, minutes=minutes, resume=resume)
+        slowed(loop, clock, step=2.0, evaluation=1.0, spent=spent)
+        result = loop.run()
+        spent = result.elapsed
+        return result.state.step
+
+    first = steps_after(0.5, resume=False)
+    assert first > 5
     latest = ckpt.phase_paths("pretrain").latest
     before = latest.read_bytes()
-    for same_or_less in (0.01, 0.005):
-        again = workshop.make_loop(world, minutes=same_or_less, resume=True).run()
-        assert again.state.step == first.state.step and latest.read_bytes() == before
-    assert workshop.make_loop(world, minutes=0.1, resume=True).run().state.step > first.state.step
+    for same_or_less in (0.5, 0.25):
+        assert steps_after(same_or_less) == first and latest.read_bytes() == before
+    assert steps_after(1.0) > first + 5
 
 
 def test_a_resumed_run_has_what_is_left(world: dict[str, Any], clock: Clock) -> None:
