@@ -126,6 +126,7 @@ def test_an_installation_finds_its_files_and_chats(unpacked: Path, tmp_path: Pat
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1200)
 def test_pip_installs_a_quickstart(wheel: Path, tmp_path: Path) -> None:
     """A new environment with the wheel in it (and, for want of a network, this one's libraries)."""
     venv.create(tmp_path / "env", with_pip=True)
