@@ -230,8 +230,10 @@ float decoder_read(void* decoder) {
     d.team.stage(0, (int)(d.arena.used / piece), [] {}, [&](int i) {
       const float* p = (const float*)(d.arena.base + i * piece);
       vf sums[4] = {};
-      for (size_t c = 0; c < piece / sizeof(float); c += 4 * W)
+      for (size_t c = 0; c < piece / sizeof(float); c += 4 * W) {
+        ask_ahead<4 * W * sizeof(float)>(p + c);
         for (int n = 0; n < 4; n++) sums[n] += load(p + c + n * W);
+      }
       totals[me] += sums[0] + sums[1] + sums[2] + sums[3];
     });
   });

@@ -128,6 +128,12 @@ struct Operand {
   }
 };
 
+// Processors guess which memory comes next, but not beyond a page of 4 KiB: ask for it that far ahead.
+template <int BYTES>
+static inline void ask_ahead(const void* p) {
+  for (int i = 0; i < BYTES; i += 64) __builtin_prefetch((const char*)p + 4096 + i);
+}
+
 // y[n][r] = row r of the panel times right-hand side n. Every sum has one order of addition, whatever N is, so that a
 // request gets the same bits alone and in a batch.
 template <class T, int N>
@@ -135,6 +141,7 @@ static inline void multiply(const Matrix& m, int panel, const Operand& in, int f
   const T* w = (const T*)m.data + (size_t)panel * PANEL * m.width;
   vf acc[N][PANEL] = {};
   for (int c = 0; c < m.width; c += W, w += PANEL * W) {
+    ask_ahead<PANEL * W * sizeof(T)>(w);
     for (int r = 0; r < PANEL; r++) {
       const vf row = load(w + r * W);
       for (int n = 0; n < N; n++) acc[n][r] += row * load(in.x[first + n] + c);
