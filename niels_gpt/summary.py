@@ -143,8 +143,8 @@ def show(console: Console, summary: Summary, seconds: float) -> None:
         table.add_row(name, *figures)
     console.print(table)
     asked, known = summary.trained_recall.asked, summary.trained_questions
-    trained = "trained questions" if asked == known else f"{asked:,} of {known:,} trained questions"
-    for title, recall in ((trained, summary.trained_recall), ("held-out", summary.held_out_recall)):
+    which = "trained questions" if asked == known else f"{asked:,} of {known:,} trained questions"
+    for title, recall in ((which, summary.trained_recall), ("held-out", summary.held_out_recall)):
         console.print(f"primer recall, {title}: {recall.right}/{recall.asked} ({recall.share:.1%})", markup=False)
     console.print("\nsample replies at temperature 0:", markup=False)
     for question, reply in summary.samples:
