@@ -114,9 +114,25 @@ def render(tokenizer: Tokenizer, messages: Sequence[AnyMessage]) -> tuple[list[i
 
     A label is the id where an assistant wrote it (content and the end id, also of an empty reply) and -100 elsewhere.
     """
+    return _joined(_render_each(tokenizer, as_messages(messages)))
+
+
+def render_batch(
+    tokenizer: Tokenizer, conversations: Sequence[Sequence[AnyMessage]]
+) -> list[tuple[list[int], list[int]]]:
+    """`render` of each conversation; all texts are encoded together, on all cores."""
+    records = [as_messages(messages) for messages in conversations]
+    encoded = iter(tokenizer.encode_batch([message.content for messages in records for message in messages]))
+    return [
+        _joined([_rendered(tokenizer, message, ids) for message, ids in zip(messages, encoded, strict=False)])
+        for messages in records
+    ]
+
+
+def _joined(turns: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     labels: list[int] = []
-    for turn_ids, turn_labels in _render_each(tokenizer, as_messages(messages)):
+    for turn_ids, turn_labels in turns:
         ids += turn_ids
         labels += turn_labels
     return ids, labels
@@ -144,13 +160,15 @@ def extract_reply_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 
 def _render_each(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[list[int], list[int]]]:
     """(ids, labels) of each message."""
+    return [_rendered(tokenizer, message, tokenizer.encode(message.content)) for message in messages]
+
+
+def _rendered(tokenizer: Tokenizer, message: Message, content: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a message whose content has these ids."""
     sentinels = _sentinel_ids(tokenizer)
-    rendered = []
-    for message in messages:
-        start, written = sentinels[_SENTINEL_OF[message.role]], [*tokenizer.encode(message.content), sentinels["eot"]]
-        supervised = written if message.role == "assistant" else [IGNORED] * len(written)
-        rendered.append(([start, *written], [IGNORED, *supervised]))
-    return rendered
+    start, written = sentinels[_SENTINEL_OF[message.role]], [*content, sentinels["eot"]]
+    supervised = written if message.role == "assistant" else [IGNORED] * len(written)
+    return [start, *written], [IGNORED, *supervised]
 
 
 def _reply_start(tokenizer: Tokenizer) -> list[int]:

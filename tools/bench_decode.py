@@ -12,6 +12,7 @@ the same weights as ours. The bound is how often per second the packed weights c
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ import torch
 
 from niels_gpt.checkpoint import load_model
 from niels_gpt.config import ModelConfig
+from niels_gpt.export.gguf_file import write_model
 from niels_gpt.generate import Sampling, stream_steps
 from niels_gpt.infer.cache import cache_for
 from niels_gpt.infer.native.decoder import KINDS, NativeDecoder
@@ -118,9 +120,6 @@ for line in sys.stdin:
 """
 
     def __init__(self, python: str, files: list[Path], vocabulary: int) -> None:
-        import json
-
-        self._json = json
         argument = json.dumps([torch.get_num_threads(), vocabulary, *map(str, files)])
         command = [python, "-c", self.PROGRAM, argument]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -131,57 +130,11 @@ for line in sys.stdin:
     def run(self, file: Path, prompt: list[int], new_tokens: int, exact: bool = False) -> list[int]:
         """exact: keys, values and attention in float32, where its default is float16."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(self._json.dumps([str(file), prompt, new_tokens, exact]), file=self._process.stdin, flush=True)
-        return self._json.loads(self._process.stdout.readline())
+        print(json.dumps([str(file), prompt, new_tokens, exact]), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         self._process.communicate()
-
-
-def write_gguf(model: GPT, path: Path, kind: str) -> None:
-    """The model as a Qwen3 without vocabulary: matrices in `kind` (f32, f16, q8_0), norms in f32."""
-    import gguf
-
-    cfg, state = model.cfg, model.state_dict()
-    D = cfg.C // cfg.H
-    writer = gguf.GGUFWriter(path, "qwen3")
-    writer.add_context_length(cfg.T)
-    writer.add_embedding_length(cfg.C)
-    writer.add_block_count(cfg.L)
-    writer.add_feed_forward_length(cfg.d_ff)
-    writer.add_head_count(cfg.H)
-    writer.add_head_count_kv(cfg.H)
-    writer.add_key_length(D)
-    writer.add_value_length(D)
-    writer.add_rope_freq_base(cfg.rope_theta)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(cfg.V)
-    writer.add_tokenizer_model("none")
-    stored = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}[kind]
-    halves = torch.cat([torch.arange(0, D, 2), torch.arange(1, D, 2)])  # interleaved pairs to halves
-
-    def add(name: str, tensor: torch.Tensor) -> None:
-        as_kind = gguf.GGMLQuantizationType[stored if tensor.ndim == 2 else "F32"]
-        data = gguf.quants.quantize(tensor.detach().contiguous().numpy(), as_kind)
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=as_kind)
-
-    add("token_embd", state["tok_emb.weight"])
-    add("output_norm", state["ln_f.weight"])
-    for i in range(cfg.L):
-        b, to = f"blocks.{i}.", f"blk.{i}."
-        q, k, v = state[f"{b}attn.qkv.weight"].view(3, cfg.H, D, cfg.C)
-        for part, rows in (("q", q[:, halves]), ("k", k[:, halves]), ("v", v)):
-            add(f"{to}attn_{part}", rows.reshape(cfg.C, cfg.C))
-        for part in "qk":
-            add(f"{to}attn_{part}_norm", state[f"{b}attn.{part}_norm.weight"][halves])
-        names = {"attn.proj": "attn_output", "ln1": "attn_norm", "ln2": "ffn_norm"}
-        names |= {"mlp.fc_g": "ffn_gate", "mlp.fc_a": "ffn_up", "mlp.fc_out": "ffn_down"}
-        for name, other in names.items():
-            add(to + other, state[f"{b}{name}.weight"])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def measure(name: str, rounds: int, new_tokens: int, llama_python: str | None) -> None:
@@ -204,7 +157,7 @@ def measure(name: str, rounds: int, new_tokens: int, llama_python: str | None) -
         if llama_python is not None:
             llama_files = {kind: Path(folder) / f"{kind}.gguf" for kind in ("f32", "f16", "q8_0")}
             for kind, file in llama_files.items():
-                write_gguf(model, file, kind)
+                write_model(model, file, kind, name, lambda writer: writer.add_tokenizer_model("none"))
             llama = LlamaCpp(llama_python, list(llama_files.values()), V)
             for kind, file in llama_files.items():
                 runs[f"llama.cpp {kind}"] = lambda file=file: llama.run(file, prompt, new_tokens)

@@ -16,7 +16,7 @@ import numpy as np
 from niels_gpt.cache.folder import locked
 from niels_gpt.cache.shared import Done, Progress, fingerprint, tokenizer_meta, up_to_date
 from niels_gpt.cache.writing import SftWriter, writing_sft
-from niels_gpt.chat_format import AnyMessage, render
+from niels_gpt.chat_format import AnyMessage, render_batch
 from niels_gpt.data.primer import iter_chat_jsonl_lenient
 from niels_gpt.data.primer_source import val_indices
 from niels_gpt.data.roam import split_indices
@@ -27,6 +27,7 @@ from niels_gpt.special_tokens import assert_no_special_collision, find_special_c
 from niels_gpt.tokenizer import Tokenizer
 
 Example = Sequence[AnyMessage]
+RENDERED_AT_ONCE = 256  # conversations
 
 
 def build_sft_cache(
@@ -136,13 +137,14 @@ def write_chats(
     meta |= tokenizer_meta(tokenizer)
     with writing_sft(folder, meta, vocab_size=tokenizer.vocab_size) as writer:
         for split, examples in splits.items():
-            for n, messages in enumerate(examples):
-                where = f"{folder.name}/{split}"
-                reason = _reject(messages, strict, where, n) or _add(writer, split, messages, tokenizer, sizes, t_max)
-                if reason:
-                    dropped[reason] += 1
+            for first in range(0, len(examples), RENDERED_AT_ONCE):
+                some = examples[first : first + RENDERED_AT_ONCE]
+                reasons = [_reject(m, strict, f"{folder.name}/{split}", n) for n, m in enumerate(some, start=first)]
+                good = [messages for messages, reason in zip(some, reasons, strict=True) if reason is None]
+                reasons += [_add(writer, split, *rendered, sizes, t_max) for rendered in render_batch(tokenizer, good)]
+                dropped.update(reason for reason in reasons if reason is not None)
                 if progress:
-                    progress(Done(split, n + 1, of_documents=len(examples)))
+                    progress(Done(split, first + len(some), of_documents=len(examples)))
         kept = writer.n_examples("train")
         if not kept:
             raise ValueError(f"no conversation to train on is left for {folder.name}; dropped: {dict(dropped)}")
@@ -168,10 +170,9 @@ def _reject(messages: Example, strict: bool, where: str, index: int) -> str | No
 
 
 def _add(
-    writer: SftWriter, split: str, messages: Example, tokenizer: Tokenizer, sizes: np.ndarray, t_max: int | None
+    writer: SftWriter, split: str, ids: list[int], labels: list[int], sizes: np.ndarray, t_max: int | None
 ) -> str | None:
     """Write one conversation; returns why it was dropped, if it was. `sizes[i]` is the length of id i in bytes."""
-    ids, labels = render(tokenizer, messages)
     if t_max is not None:
         ids, labels = ids[-t_max:], labels[-t_max:]
         if len(ids) < 2:

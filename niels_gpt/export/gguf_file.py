@@ -38,16 +38,23 @@ _QKV, _DENSE = "attention.query_key_value", "attention.dense"
 
 def write_gguf(loaded: LoadedModel, path: Path, dtype: str) -> None:
     """Write one file. ValueError: no architecture of llama.cpp, or no vocabulary of GGUF, represents this model."""
+    vocab = vocab_of(loaded.tokenizer, loaded.model.cfg.V)
+    write_model(
+        loaded.model, path, dtype, loaded.checkpoint_path.stem, lambda writer: _add_vocab(writer, vocab, loaded)
+    )
+
+
+def write_model(model: GPT, path: Path, dtype: str, name: str, add_vocab: Callable[[Any], None]) -> None:
+    """Write one file with whatever vocabulary `add_vocab` gives to gguf's writer. ValueError as `write_gguf`."""
     gguf = needed("gguf")
-    cfg, arch = loaded.model.cfg, loaded.model.arch
-    vocab = vocab_of(loaded.tokenizer, cfg.V)
-    architecture = ARCHITECTURES[names.architecture_for(arch)]
-    writer = gguf.GGUFWriter(path, architecture)
-    _add_shape(writer, cfg, arch, dtype, loaded)
-    _add_vocab(writer, vocab, loaded)
-    for name, tensor in to_gguf(names.to_hf(loaded.model.state_dict(), cfg, arch), cfg, arch).items():
-        values, kind = _stored(name, tensor.float().numpy(), dtype)
-        writer.add_tensor(name, values, raw_dtype=kind)
+    cfg, arch = model.cfg, model.arch
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[names.architecture_for(arch)])
+    writer.add_name(name)
+    _add_shape(writer, cfg, arch, dtype)
+    add_vocab(writer)
+    for tensor_name, tensor in to_gguf(names.to_hf(model.state_dict(), cfg, arch), cfg, arch).items():
+        values, kind = _stored(tensor_name, tensor.float().numpy(), dtype)
+        writer.add_tensor(tensor_name, values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -63,8 +70,7 @@ def check_exact(arch: Architecture) -> None:
         )
 
 
-def _add_shape(writer: Any, cfg: ModelConfig, arch: Architecture, dtype: str, loaded: LoadedModel) -> None:
-    writer.add_name(loaded.checkpoint_path.stem)
+def _add_shape(writer: Any, cfg: ModelConfig, arch: Architecture, dtype: str) -> None:
     writer.add_file_type(_FILE_TYPES[dtype])
     writer.add_quantization_version(2)
     writer.add_vocab_size(cfg.V)

@@ -11,7 +11,7 @@ context, and a full forward pass per token, as without a cache. Until the contex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,7 +25,6 @@ from niels_gpt.model.gpt import GPT, Trace
 from niels_gpt.tokenizer import TextStream, Tokenizer
 
 Rolling = Literal["half", "slide"]
-NextOutlook = Callable[[list[int], Watch | None], Outlook]  # all ids so far -> what comes next
 Alternatives = list[tuple[int, float]]  # (id, log-probability in nats), best first
 
 

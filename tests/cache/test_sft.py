@@ -59,7 +59,7 @@ def test_examples_are_rendered_and_counted(tmp_path: Path, tiny_tokenizer: Sente
         progress=lambda done: counts.append((done.what, done.documents)),
     )
     order = torch.randperm(30, generator=torch.Generator().manual_seed(42)).tolist()
-    assert counts == [("val", i) for i in range(1, 4)] + [("train", i) for i in range(1, 28)]
+    assert counts == [("val", 3), ("train", 27)]  # a few hundred at a time
     for split, chosen in (("val", sorted(order[:3])), ("train", sorted(order[3:]))):
         assert examples_of(tmp_path / "x", split, tiny_tokenizer) == [render(tiny_tokenizer, chats[i]) for i in chosen]
         assert meta["bytes"][split] == sum(len(chats[i][1]["content"]) for i in chosen)

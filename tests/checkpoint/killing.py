@@ -23,15 +23,15 @@ from niels_gpt.checkpoint import step_path as path_of
 from niels_gpt.config import V2, ModelConfig, to_dict
 from niels_gpt.model.gpt import GPT
 
-CFG = ModelConfig(V=1024, T=16, C=128, L=2, H=4, d_ff=256, dropout=0.0, rope_theta=10000.0)
+CFG = ModelConfig(V=512, T=16, C=64, L=2, H=4, d_ff=128, dropout=0.0, rope_theta=10000.0)
 SHAPES = {name: tensor.shape for name, tensor in GPT(CFG, V2).state_dict().items()}
 
 
 def content(step: int) -> dict:
-    """About 3 MB in which every number is the step."""
+    """About 1 MB in which every number is the step."""
     state = {name: torch.full(shape, float(step)) for name, shape in SHAPES.items()}
     state["lm_head.weight"] = state["tok_emb.weight"]
-    moments = {i: {"exp_avg": torch.full((128, 1024), float(step))} for i in range(3)}
+    moments = {i: {"exp_avg": torch.full((256, 512), float(step))} for i in range(3)}
     return {"model_state": state, "optimizer_state": {"state": moments, "param_groups": []}, "step": step}
 
 
