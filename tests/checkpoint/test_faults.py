@@ -50,11 +50,12 @@ def killed(kind: str, kills: int, tmp_path: Path) -> dict[str, int]:
 
 
 @linux_only
-def test_kill_9_in_the_write_loop(tmp_path):
-    tally = killed("ours", 60, tmp_path)
+@pytest.mark.parametrize("kills", [20, pytest.param(300, marks=pytest.mark.soak)])
+def test_kill_9_in_the_write_loop(tmp_path, kills):
+    tally = killed("ours", kills, tmp_path)
     assert tally["leftovers"] > 0, "no kill hit a half-written file: the harness is blind"
     assert tally == {
-        "kills": 60,
+        "kills": kills,
         "unloadable": 0,
         "torn": 0,
         "lost": 0,
@@ -66,8 +67,8 @@ def test_kill_9_in_the_write_loop(tmp_path):
 
 @linux_only
 def test_the_kill_harness_sees_a_naive_writer_fail(tmp_path):
-    tally = killed("naive", 24, tmp_path)
-    assert tally["unloadable"] >= 12
+    tally = killed("naive", 10, tmp_path)
+    assert tally["unloadable"] >= 3
     assert tally["children_failed"] == 0
 
 

@@ -16,6 +16,7 @@ from niels_gpt import files
 from niels_gpt.tokenizer import SentencePieceTokenizer
 from tests.hub import samples
 from tests.hub.server import LoopbackHub
+from tests.hub.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_TOKENS, VAL_TOKENS = 4000, 600
@@ -59,11 +60,13 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: SentencePiece
     return folder
 
 
-def program(home: Path, url: str, *arguments: str, expect: int = 0) -> str:
+@pytest.fixture(scope="module")
+def built(home: Path, hub: LoopbackHub) -> str:
+    """What the command says, in a process as a user starts it."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    hugging_face = {"HF_ENDPOINT": url, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    hugging_face = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", *arguments],
+        [sys.executable, "-m", "niels_gpt.cache.cli", *BUILD_ALL],
         cwd=home,
         env={**inherited, **hugging_face, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -72,13 +75,22 @@ def program(home: Path, url: str, *arguments: str, expect: int = 0) -> str:
         check=False,
     )
     said = done.stdout + done.stderr
-    assert done.returncode == expect and "Traceback" not in said, said[-4000:]
+    assert done.returncode == 0 and "Traceback" not in said, said[-4000:]
     return said
 
 
 @pytest.fixture(scope="module")
-def built(home: Path, hub: LoopbackHub) -> str:
-    return program(home, hub.url, "niels_gpt.cache.cli", *BUILD_ALL)
+def worker(home: Path, hub: LoopbackHub, built: str) -> Iterator[Worker]:
+    """Another process, for all that comes after the first build: importing the libraries takes seconds."""
+    running = Worker(hub.url, home / "hf", offline=False)
+    yield running
+    running.close()
+
+
+def program(worker: Worker, home: Path, module: str, *arguments: str, expect: int = 0) -> str:
+    status = worker.ask(do="program", module=module, argv=list(arguments), cwd=str(home))
+    assert status == expect and "Traceback" not in worker.said, worker.said[-4000:]
+    return worker.said
 
 
 def test_the_layout_is_the_published_one(home: Path, built: str) -> None:
@@ -109,7 +121,7 @@ def test_the_layout_is_the_published_one(home: Path, built: str) -> None:
             assert ((labels == -100) | (labels == ids)).all()
 
 
-def test_a_second_build_keeps_everything(home: Path, hub: LoopbackHub, built: str) -> None:
+def test_a_second_build_keeps_everything(home: Path, worker: Worker) -> None:
     cache = home / "data/cache"
 
     def written() -> dict[str, tuple[bytes, int]]:
@@ -120,17 +132,18 @@ def test_a_second_build_keeps_everything(home: Path, hub: LoopbackHub, built: st
         }
 
     before = written()
-    said = program(home, hub.url, "niels_gpt.cache.cli", *BUILD_ALL)
+    said = program(worker, home, "niels_gpt.cache.cli", *BUILD_ALL)
     assert said.count("up to date") == 6, said
     assert written() == before
-    assert "files are as written" in program(home, hub.url, "niels_gpt.cache.cli", "verify")
-    shown = program(home, hub.url, "niels_gpt.cache.cli", "show")
+    assert "files are as written" in program(worker, home, "niels_gpt.cache.cli", "verify")
+    shown = program(worker, home, "niels_gpt.cache.cli", "show")
     assert all(name in shown for name in ("pretrain/fineweb_edu", "sft/oasst1", "sft/dolly15k"))
 
 
-def test_both_phases_train_from_it(home: Path, hub: LoopbackHub, built: str) -> None:
-    arguments = ("train.run", "--phase", "pipeline", "--config", "pipeline.json", "--device", "cpu")
-    said = program(home, hub.url, *arguments)
+def test_both_phases_train_from_it(home: Path, worker: Worker) -> None:
+    said = program(
+        worker, home, "niels_gpt.train.run", "--phase", "pipeline", "--config", "pipeline.json", "--device", "cpu"
+    )
     assert "sft init from checkpoints/pretrain/best.pt" in said
     entries = [
         json.loads(line) for path in (home / "runs").glob("*/metrics.jsonl") for line in path.read_text().splitlines()
@@ -138,12 +151,12 @@ def test_both_phases_train_from_it(home: Path, hub: LoopbackHub, built: str) -> 
     assert {e["phase"] for e in entries if e["kind"] == "step"} == {"pretrain", "sft"}
 
 
-def test_a_source_that_fails_leaves_the_others(home: Path, hub: LoopbackHub, built: str, tmp_path: Path) -> None:
+def test_a_source_that_fails_leaves_the_others(home: Path, worker: Worker) -> None:
     config = files.read_json(home / "config.json")
     config["data"] = {"oasst1": {"dataset_id": "nobody/nothing"}, "wikitext": {"dataset_id": "nobody/nowhere"}}
     files.write_json(home / "broken.json", config)
     arguments = [a if a != "data/cache" else "data/other" for a in BUILD_ALL]
-    said = program(home, hub.url, "niels_gpt.cache.cli", *arguments, "--config", "broken.json", expect=1)
+    said = program(worker, home, "niels_gpt.cache.cli", *arguments, "--config", "broken.json", expect=1)
     assert "\u2717 pretrain/wikitext failed" in said and "\u2717 sft/oasst1 failed" in said
     assert "\u2713 pretrain/fineweb_edu" in said and "\u2713 sft/dolly15k" in said
     missing = next(line for line in said.splitlines() if line.startswith("error: ") and "missing" in line)
