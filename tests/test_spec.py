@@ -82,6 +82,27 @@ def test_rows_name_a_home_and_a_test() -> None:
             assert "tests/" in cells[3] or "suite itself" in cells[3], line
 
 
+def test_items_have_tests_that_need_no_published_vectors() -> None:
+    for line in (ROOT / "docs" / "spec.md").read_text(encoding="utf-8").splitlines():
+        if row := re.match(r"\| (\d+[a-h]?|B\d) \|", line):
+            tests = re.findall(r"`(tests/[\w/]+\.py)::([\w.]+)`", line)
+            assert not tests or not all(needs_vectors(ROOT / path, name) for path, name in tests), row[1]
+
+
+@cache
+def needs_vectors(path: Path, name: str) -> bool:
+    """Whether a test skips where the published vectors are absent."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    holders = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+    return any(
+        "needs_bundle" in ast.unparse(decorator)
+        for holder in holders
+        for node in holder.body
+        if isinstance(node, ast.FunctionDef) and node.name == name.rpartition(".")[2]
+        for decorator in [*node.decorator_list, *getattr(holder, "decorator_list", [])]
+    )
+
+
 # what no other test shows
 
 
