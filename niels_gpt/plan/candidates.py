@@ -18,9 +18,6 @@ from niels_gpt.train.start import eval_shape
 START_S = 8.0  # starting the program and loading its libraries
 PHASE_S = 2.5  # of a phase's time that no step gets: opening caches, warming up, saving
 EVALUATIONS = 3  # of a phase, two on the way and one at its end
-SFT_SPEED = (
-    0.88  # tokens/s of fine-tuning over those of pretraining (docs/planning.md): fewer rows a step, packed chats
-)
 EVALUATION_SHARE = 0.05  # of the time at most
 EVALUATED = 0.4  # time of an evaluated token over that of a trained one
 SAVE_S = 600.0  # between scheduled saves of a long phase
@@ -121,7 +118,7 @@ def candidate_of(question: Question, costs: Costs, shape: Shape, dropout: float)
             f"{question.hours:g} hours leave no time for training: tokenizer and caches alone take"
             f" {text.tokenizer_s + text.caches_s:.0f} s; ask for more hours or give less text"
         )
-    speeds = {"pretrain": rate, "sft": rate * SFT_SPEED}
+    speeds = {"pretrain": rate, "sft": rate * costs.sft_speed}
     lost = {p: PHASE_S + EVALUATIONS * _evaluated_tokens(settings, p) * EVALUATED / rate for p in speeds}
     most = sum(speeds[p] * max(1.0, training * share - lost[p]) for p, share in _shares())
     tokens = best_tokens(question.law, size, most, unique=text.unique_tokens, dropout=dropout)

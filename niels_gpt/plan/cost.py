@@ -15,6 +15,7 @@ FLOAT = 4  # bytes: weights, gradients and moments are float32
 CHECKPOINT_BYTES = 95_000  # names, settings, tokenizer and counters
 TOKENIZER_BYTES = 117_000  # its files, at the recipe's vocabulary
 RUN_BYTES = 500_000  # charts and plans of both runs, and their settings beside every checkpoint
+SFT_SPEED = 0.88  # on CPUs (docs/planning.md): half the rows a step, packed chats
 STEP_BYTES = 410  # of metrics.jsonl for every step
 
 
@@ -33,9 +34,11 @@ class Measured:
 class Costs:
     """Seconds and memory of any size, from those of a few."""
 
-    def __init__(self, measured: Sequence[Measured]) -> None:
+    def __init__(self, measured: Sequence[Measured], sft_speed: float = SFT_SPEED) -> None:
+        """sft_speed: tokens/s of fine-tuning over those of pretraining."""
         if not measured:
             raise ValueError("nothing was measured, so nothing can be planned")
+        self.sft_speed = sft_speed
         self.measured = sorted(measured, key=lambda m: m.flops)
         self.base, self.per_activation = self._memory()
 

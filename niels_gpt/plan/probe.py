@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 from niels_gpt.bench.trial import Result, Trial, run_trial
-from niels_gpt.plan.cost import Costs, Measured, activations, states_bytes
+from niels_gpt.plan.cost import SFT_SPEED, Costs, Measured, activations, states_bytes
 from niels_gpt.plan.recipe import Shape, size_of, sized
 from niels_gpt.settings import Settings, validate_overrides
 
-WARMUP, STEPS, SLOW_STEPS = 2, 5, 2  # of a trial; the last where a step is slow
+WARMUP, STEPS, SLOW_STEPS = 1, 5, 2  # of a trial; the last where a step is slow
 SLOW_S = 1.5
+PATIENCE_S = 60.0  # with the first trial: a plan from a slow one is better than none
 START_S = 6.0  # of a trial's process, until one has been seen
 MOST_TRIALS, FEWEST_TRIALS = 5, 2
 Runner = Callable[[Trial, float], Result]
@@ -54,7 +55,7 @@ def measure(
             break
         say(f"measuring {shape.name} ({len(tried) + 1})")
         trial = replace(Trial.of(settings, device=device), steps_warmup=WARMUP, steps_measure=steps)
-        result = run(trial, max(left, 2 * needed, 20.0))
+        result = run(trial, max(left, 2 * needed) if measured else PATIENCE_S)
         tried.append(shape)
         if result.ok:
             measured.append(_measured(shape, settings, result))
@@ -67,7 +68,24 @@ def measure(
         shape = following
     if not measured:
         raise RuntimeError(f"no training step could be measured on this machine: {last}")
-    return Costs(measured)
+    if device == "cpu":
+        return Costs(measured)
+    say("measuring the step of fine-tuning")
+    return Costs(measured, _sft_speed(recipe, tried, measured, device, run))
+
+
+def _sft_speed(
+    recipe: Mapping[str, Any], tried: Sequence[Shape], measured: Sequence[Measured], device: str, run: Runner
+) -> float:
+    """Tokens/s with the rows of fine-tuning over those of pretraining: a GPU hardly minds how many rows a step has."""
+    known = {one.name: one for one in measured}
+    shape = next(shape for shape in reversed(tried) if shape.name in known)
+    settings = _settings(recipe, shape)
+    trial = Trial.of(settings, device=device, micro_B=settings.training.sft.micro_B)
+    result = run(replace(trial, steps_warmup=WARMUP, steps_measure=STEPS), PATIENCE_S)
+    if not result.ok or not result.tokens_per_sec:
+        return SFT_SPEED
+    return min(1.0, result.tokens_per_sec * known[shape.name].seconds_per_token)
 
 
 def _settings(recipe: Mapping[str, Any], shape: Shape) -> Settings:

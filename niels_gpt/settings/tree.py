@@ -208,7 +208,7 @@ class PlanSettings(Section):
         PLAN_SIZES, "models a plan chooses from", min_length=1
     )
     dropouts: Annotated[tuple[float, ...], Strict(False)] = knob(
-        (0.0, 0.1, 0.2), "dropout probabilities a plan chooses from", min_length=1
+        (0.0,), "dropout probabilities a plan chooses from", min_length=1
     )
     probe_s: float = knob(60.0, "longest measurement before a plan, seconds", gt=0, le=3600)
     shown: int = knob(6, "candidates a plan shows", ge=1, le=100)
