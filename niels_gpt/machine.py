@@ -14,7 +14,10 @@ import torch
 from niels_gpt.device import cpu_has_bf16, cuda_code, has_code_for, usable_cores
 from niels_gpt.native import build
 
-CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,13 @@ class Machine:
 def probe() -> Machine:
     """The facts of this machine."""
     memory = psutil.virtual_memory()
-    limit = _container_limit() or memory.total
+    limit, free = _container() or (memory.total, memory.available)
     return Machine(
         system=platform.system(),
         processor=_processor(),
         cores=usable_cores(),
         memory=min(memory.total, limit),
-        available=min(memory.available, limit),
+        available=min(memory.available, free),
         cpu_bf16=cpu_has_bf16(),
         gpu=_gpu(),
         mps=torch.backends.mps.is_available() and torch.backends.mps.is_built(),
@@ -86,11 +89,12 @@ def _gpu() -> Gpu | None:
     return Gpu(properties.name, total, free, capability, has_code_for(capability, cuda_code()))
 
 
-def _container_limit() -> int | None:
-    """Bytes that a control group allows this process (Docker, Slurm), if it is inside one with a limit."""
-    for path in map(Path, CGROUPS):
+def _container() -> tuple[int, int] | None:
+    """(limit, free) bytes of the control group around this process (Docker, Slurm), if it has a limit."""
+    for limit, used in CGROUPS:
         try:
-            return int(path.read_text())
+            most = int(Path(limit).read_text())
+            return most, most - int(Path(used).read_text())
         except (OSError, ValueError):  # not there, or "max"
             continue
     return None

@@ -12,6 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from niels_gpt.files import write_text
+from niels_gpt.plan.law import Prediction, shipped_law
+from niels_gpt.plan.recipe import Size
 from niels_gpt.settings import Settings
 from niels_gpt.train.chart import PAGE, Points, panel
 
@@ -85,16 +87,18 @@ def ranked(found: Iterable[Configuration]) -> list[Configuration]:
     return sorted((c for c in found if c.working), key=lambda c: (c.tokens, c.best["params"]), reverse=True)
 
 
-def predicted_bits(configuration: Configuration) -> float:
-    """Bits per byte after a night, if the text does not run out; NaN where nothing can be said."""
-    return math.nan
+def prediction(configuration: Configuration) -> Prediction:
+    """Validation bits per byte after a night, if the text does not run out."""
+    model, tokens = configuration.best["model"], configuration.tokens
+    size = Size(configuration.best["params"], model["V"] * model["C"], flops=math.nan)
+    return shipped_law().predict(size, tokens, unique=tokens, dropout=model["dropout"])
 
 
 def cells(rank: int, configuration: Configuration, most: float) -> list[str]:
     """A row of the table."""
     row, model = configuration.best, configuration.best["model"]
     star = " ⭐" if configuration.tokens >= CLOSE * most else ""
-    bits = predicted_bits(configuration)
+    bits = prediction(configuration)
     return [
         f"{rank}{star}",
         *(str(model[name]) for name in ("V", "T", "C", "L", "H", "d_ff")),
@@ -105,7 +109,7 @@ def cells(rank: int, configuration: Configuration, most: float) -> list[str]:
         f"{row['tokens_per_sec']:.0f}",
         f"{configuration.tokens:.2e}",
         str(row["params"]),
-        f"{bits:.3f}" if math.isfinite(bits) else "?",
+        f"{bits.bpb:.3f} ({bits.low:.2f}-{bits.high:.2f})",
     ]
 
 
@@ -135,14 +139,15 @@ def markdown(device: str, found: list[Configuration], settings: Settings, machin
 
 
 EXPLANATION = (
-    f"{QUALITY}: predicted validation bits per byte after these 8 hours, on text that does not run out; less is better."
-    " It is what counts: the fastest model is often too small to become good."
+    f"{QUALITY}: predicted validation bits per byte after these 8 hours, between which they should lie, with the"
+    " quickstart's recipe on text that does not run out; less is better. It is what counts: the fastest model is often"
+    " too small to become good."
 )
 
 
 def best_predicted(order: list[Configuration]) -> Configuration:
-    """The one with the fewest predicted bits; without predictions, the first."""
-    return min(order, key=lambda c: bits if math.isfinite(bits := predicted_bits(c)) else math.inf)
+    """The one with the fewest predicted bits."""
+    return min(order, key=lambda c: prediction(c).bpb)
 
 
 def advice(chosen: Configuration, settings: Settings) -> list[str]:
@@ -186,7 +191,7 @@ def page(device: str, found: list[Configuration], machine: str) -> str:
         body += f"<p>⭐ = within 90% of best throughput. {html.escape(EXPLANATION)}</p>"
     speed = {c.name: _curve(c, "tokens_per_sec", 1) for c in order}
     memory = {c.name: _curve(c, "peak_bytes", 1e-6) for c in order}
-    bits = {c.name: [(c.best["params"] / 1e6, predicted_bits(c))] for c in order if math.isfinite(predicted_bits(c))}
+    bits = {c.name: [(c.best["params"] / 1e6, prediction(c).bpb)] for c in order}
     body += panel("tokens per second", speed, by="rows of a microbatch", doubling=True)
     body += panel("peak memory, MB", memory, by="rows of a microbatch", doubling=True)
     body += panel("predicted bits per byte after 8 hours", bits, by="million parameters")

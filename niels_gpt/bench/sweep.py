@@ -26,6 +26,7 @@ from niels_gpt.bench.grids import Candidate
 from niels_gpt.bench.results import Results
 from niels_gpt.bench.search import largest_microbatch
 from niels_gpt.bench.trial import Result, run_trial
+from niels_gpt.command import exit_status
 from niels_gpt.device import choose_precision, resolve_device
 from niels_gpt.machine import Machine, probe
 from niels_gpt.settings import Settings, load_overrides, validate_overrides
@@ -42,22 +43,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
+        settings, device = settings_of(args), resolve_device(args.device)
+        candidates = grids.from_file(args.grid, settings) if args.grid != PRESET else None
+    except (ValueError, OSError) as error:
+        parser.error(files.explained(error))
+    try:
         with leaving_on_signals():
-            settings = settings_of(args)
-            candidates = grids.from_file(args.grid, settings) if args.grid != PRESET else None
-            return Sweep(settings, resolve_device(args.device), candidates, Path(args.out_dir)).run(args.fresh)
+            return exit_status(lambda: Sweep(settings, device, candidates, Path(args.out_dir)).run(args.fresh))
     except Interrupted as stop:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return stop.exit_code
-    except Timeout:
-        print(f"error: another sweep is writing to {args.out_dir}; wait for it or choose --out_dir", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {files.explained(error)}", file=sys.stderr)
-        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,21 +111,26 @@ class Sweep:
     def run(self, fresh: bool = False) -> int:
         """Measure what is not known yet; the exit code."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock", timeout=0):
-            path = self.folder / "results.jsonl"
-            if fresh:
-                path.unlink(missing_ok=True)
-            self.results = Results(path, self.machine.describe(self.device))
-            self.console.print(f"{self.device}: {self.results.machine}", markup=False)
-            self.console.print(f"{len(self.candidates)} configurations; trials of at most {self.timeout_s:g} s")
-            watch = Watch(self.console, len(self.candidates), self.settings.benchmark.max_micro_B)
-            try:
-                for number, candidate in enumerate(self.candidates):
-                    self._search(number, candidate, watch)
-                    self._summarise()
-            finally:
-                watch.stop()
-            return self._show(watch)
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                return self._run(self.folder / "results.jsonl", fresh)
+        except Timeout:
+            raise OSError(f"another sweep is writing to {self.folder}; wait for it or choose --out_dir") from None
+
+    def _run(self, path: Path, fresh: bool) -> int:
+        if fresh:
+            path.unlink(missing_ok=True)
+        self.results = Results(path, self.machine.describe(self.device))
+        self.console.print(f"{self.device}: {self.results.machine}", markup=False)
+        self.console.print(f"{len(self.candidates)} configurations; trials of at most {self.timeout_s:g} s")
+        watch = Watch(self.console, len(self.candidates), self.settings.benchmark.max_micro_B)
+        try:
+            for number, candidate in enumerate(self.candidates):
+                self._search(number, candidate, watch)
+                self._summarise()
+        finally:
+            watch.stop()
+        return self._show(watch)
 
     def _search(self, number: int, candidate: Candidate, watch: Watch) -> None:
         one_row = candidate.trial(self.settings, self.device)

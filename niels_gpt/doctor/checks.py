@@ -15,6 +15,7 @@ from niels_gpt.machine import Machine
 Status = Literal["ok", "note", "problem"]
 LEAST_MEMORY = 2**30  # bytes: PyTorch and the smallest model take 0.6 to 0.8 GB
 LITTLE_MEMORY = 3 * 2**30
+MODERN = (8, 0)  # a GPU of this age is not too old for any PyTorch, so it must be too new for this one
 TRITON_CAPABILITY = (7, 0)
 INSTALLERS = {  # package manager -> how it installs a C++ compiler
     "apt-get": "sudo apt-get install g++",
@@ -97,15 +98,16 @@ def check_device(machine: Machine, device: str) -> Check:
         value = f"cuda: {gpu.name}, {_gib(gpu.memory)}, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
         if gpu.usable:
             return Check("device", "ok", value, "a CUDA GPU is the fastest there is", "--device cpu")
-        reason = f"torch {machine.torch} has no code for a GPU this old"
+        reason = f"torch {machine.torch} has no code for this GPU"
         return Check("device", "problem", value, reason, "--device cpu", "niels-gpt doctor --device cpu")
     if gpu is not None and not gpu.usable:
         major, minor = gpu.capability
         reason = (
             f"{gpu.name} (compute capability {major}.{minor}) is there, but torch {machine.torch} has no code for it"
         )
-        fallback = "an older PyTorch that still has code for this GPU"
-        return Check("device", "note", device, reason, fallback, 'pip install "torch<2.11"')
+        if gpu.capability >= MODERN:
+            return Check("device", "note", device, reason, "a newer PyTorch", "pip install --upgrade torch")
+        return Check("device", "note", device, reason, "a build of PyTorch for CUDA 12.6, which knows older GPUs")
     if device == "mps":
         return Check("device", "ok", "mps", "Apple's GPU is there", "--device cpu")
     instead = "no CUDA GPU" + ("" if machine.mps else " and no Apple GPU")

@@ -19,10 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from niels_gpt import paths
+from niels_gpt.command import exit_status
 from niels_gpt.device import resolve_device
 from niels_gpt.doctor.checks import Check, all_checks, device_of
 from niels_gpt.doctor.look import look_around
-from niels_gpt.doctor.selftest import Outcome, try_it
+from niels_gpt.doctor.trying import Outcome, try_it
 from niels_gpt.machine import probe
 from niels_gpt.settings import Settings, load_overrides, validate_overrides
 
@@ -44,7 +45,11 @@ def main(argv: list[str] | None = None) -> int:
         device = resolve_device(args.device) if args.device != "auto" else None
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    console = Console(highlight=False)
+    return exit_status(lambda: examine(args, settings, device))
+
+
+def examine(args: argparse.Namespace, settings: Settings, device: str | None) -> int:
+    """Look, try, and say it; the exit code. device: None for the one that training would choose."""
     with Console(stderr=True).status("looking around; compiles native code if that was never done"):
         machine = probe()
         device = device or device_of(machine)
@@ -60,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         record |= {"checks": [asdict(check) for check in checks], "self_test": asdict(outcome) if outcome else None}
         print(json.dumps(record, indent=2))
     else:
-        show(console, checks, works)
+        show(Console(highlight=False), checks, works)
     return 0 if works else 1
 
 

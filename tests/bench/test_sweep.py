@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ GRID = [
     {"T": 32, "C": 32, "L": 1, "H": 2, "d_ff": 64, "amp": False},
     {"T": 64, "C": 64, "L": 2, "H": 2, "d_ff": 128, "amp": False},
 ]
+PARAMETERS = {1: 522_368, 2: 1_100_000}  # by blocks
 FITS = 5  # rows of a microbatch, in this made-up machine
 
 
@@ -38,7 +40,8 @@ class Machine:
         if trial.micro_B > FITS:
             return Result(trial, "oom", message="out of memory")
         rate = 1000.0 * trial.micro_B / trial.model.L
-        return Result(trial, "ok", 1000 * trial.micro_B * trial.model.T / rate, rate, 10**6 * trial.micro_B, 10**5)
+        ms, memory = 1000 * trial.micro_B * trial.model.T / rate, 10**6 * trial.micro_B
+        return Result(trial, "ok", ms, rate, memory, PARAMETERS[trial.model.L])
 
 
 @pytest.fixture
@@ -133,8 +136,13 @@ def test_the_summary_ranks_by_tokens_of_a_night(machine: Machine) -> None:
     lines = Path("out/summary.md").read_text().splitlines()
     first = next(line for line in lines if line.startswith("| 1 ⭐"))
     second = next(line for line in lines if line.startswith("| 2 |"))
-    assert "| 32 | 32 | 1 | 2 | 64 | False | False | 5 |" in first and "| 5000 | 1.44e+08 | 100000 |" in first
-    assert "| 64 | 64 | 2 |" in second and "| 2500 | 7.20e+07 |" in second
+    assert "| 32 | 32 | 1 | 2 | 64 | False | False | 5 |" in first and "| 5000 | 1.44e+08 | 522368 |" in first
+    assert "| 64 | 64 | 2 |" in second and "| 2500 | 7.20e+07 | 1100000 |" in second
+    bits = [re.fullmatch(r"([\d.]+) \(([\d.]+)-([\d.]+)\)", line.split("|")[-2].strip()) for line in (first, second)]
+    expected, low, high = zip(*(map(float, found.groups()) for found in bits if found), strict=True)
+    assert all(a <= b <= c for a, b, c in zip(low, expected, high, strict=True))
+    assert expected[1] < expected[0]  # the faster one is too small to become as good, so the other is advised
+    assert "## Train T64 C64 L2 overnight" in lines
     text = "\n".join(lines)
     assert "fits up to 5 rows; out of memory with 6" in text
     assert '"micro_B": 5' in text and "steps_8h" in text
@@ -160,5 +168,7 @@ def test_wrong_usage_is_a_sentence(
     machine: Machine, flags: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert bench(*flags) in (1, 2)
+    with pytest.raises(SystemExit) as stop:
+        bench(*flags)
+    assert stop.value.code == 2 and not machine.asked
     assert said in capsys.readouterr().err

@@ -47,6 +47,8 @@ def test_a_gpu_without_code_is_named() -> None:
     old = machine(gpu=gpu("GTX 1080", capability=(6, 1), usable=False))
     found = check("device", old)
     assert found.status == "note" and "GTX 1080" in found.reason and "no code for it" in found.reason
+    new = check("device", machine(gpu=gpu("RTX 5090", capability=(12, 0), usable=False)))
+    assert (found.command, new.command) == ("", "pip install --upgrade torch") and "CUDA 12.6" in found.fallback
     asked = all_checks(old, around(), "cuda")[0]
     assert asked.status == "problem" and asked.command == "niels-gpt doctor --device cpu"
 

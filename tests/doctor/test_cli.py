@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from niels_gpt import paths
-from niels_gpt.doctor import cli, selftest
-from niels_gpt.doctor.selftest import Outcome
+from niels_gpt.doctor import cli, selftest, trying
+from niels_gpt.doctor.trying import Outcome
 from niels_gpt.native import build
 from niels_gpt.settings import resolve_settings
 
@@ -122,8 +122,8 @@ def test_wrong_usage(here: Path, arguments: list[str], monkeypatch: pytest.Monke
 
 def test_the_self_test_trains_saves_loads_and_decodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(selftest, "SECONDS", 200.0)
-    outcome = selftest.try_it("cpu")
+    monkeypatch.setattr(trying, "SECONDS", 200.0)
+    outcome = trying.try_it("cpu")
     assert outcome.status == "ok", outcome.message
     assert set(outcome.seconds) == {"train and save", "load", "decode", "all"} and "30 steps" in outcome.message
     assert list(tmp_path.iterdir()) == []
@@ -147,8 +147,8 @@ def test_a_part_that_fails_ends_the_self_test(
 
 def test_a_process_that_dies_is_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(selftest.sys, "executable", "false")
-    assert selftest.try_it("cpu") == Outcome("problem", "it said nothing (exit code 1)")
+    monkeypatch.setattr(trying.sys, "executable", "false")
+    assert trying.try_it("cpu") == Outcome("problem", "it said nothing (exit code 1)")
 
 
 @pytest.mark.parametrize(("steps", "status"), [(0, "problem"), (7, "note")])
@@ -157,7 +157,7 @@ def test_time_that_is_up(steps: int, status: str, tmp_path: Path) -> None:
     run.mkdir(parents=True)
     lines = [json.dumps({"phase": "pretrain", "kind": "step", "step": n}) + "\n" for n in range(steps)]
     (run / "metrics.jsonl").write_text("".join(lines))
-    assert selftest._unfinished(tmp_path).status == status
+    assert trying._unfinished(tmp_path).status == status
 
 
 def test_its_config_is_small() -> None:
