@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from niels_gpt.batching import Batch
-from niels_gpt.device import keep_freed_memory, memory_in_use
+from niels_gpt.device import keep_freed_memory
+from niels_gpt.device import peak_memory as device_peak
 from niels_gpt.settings import resolve_settings
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import Loop
@@ -150,7 +150,6 @@ def peak_memory(name: str, candidate: str, precision: str, args: argparse.Namesp
         str(Path(__file__).resolve()),
         "--child",
         candidate,
-        *(["--rows", str(args.rows)] if args.rows else []),
         "--shape",
         name,
         "--precision",
@@ -172,13 +171,11 @@ def child(args: argparse.Namespace) -> None:
         import transformers  # noqa: F401
     shape = SHAPES[args.shape]
     batch = random_batch(shape, args.device)
-    libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if args.device == "cpu" else 0
+    libraries = device_peak(args.device)
     candidate = ALL[args.child](shape, args.precision, batch)
     for _ in range(MEMORY_STEPS):
         candidate.step()
-    on_cpu = args.device == "cpu"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if on_cpu else memory_in_use(args.device)
-    print(json.dumps({"libraries": libraries, "peak": peak}))
+    print(json.dumps({"libraries": libraries, "peak": device_peak(args.device)}))
 
 
 def show(rows: list[dict[str, Any]]) -> None:
