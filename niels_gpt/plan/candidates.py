@@ -9,7 +9,7 @@ from typing import Any
 
 from niels_gpt.plan.cost import Costs, disk_bytes
 from niels_gpt.plan.law import Law, Prediction, Scale
-from niels_gpt.plan.machine import Machine
+from niels_gpt.plan.limits import Limits
 from niels_gpt.plan.recipe import SFT_SHARE, Shape, Size, size_of, sized
 from niels_gpt.plan.text import Text
 from niels_gpt.settings import PHASES, PhaseSettings, Settings, validate_overrides
@@ -72,7 +72,7 @@ class Question:
     settings: Settings  # the recipe on the sources asked for
     overrides: Mapping[str, Any]
     text: Text
-    machine: Machine
+    machine: Limits
     law: Law
     scale: Scale
 

@@ -14,7 +14,7 @@ from niels_gpt.plan import probe
 from niels_gpt.plan.candidates import Candidate, Question, candidates, shapes
 from niels_gpt.plan.cost import Costs, Measured
 from niels_gpt.plan.law import KNOWN_TEXT, Law, Scale, shipped_law
-from niels_gpt.plan.machine import Machine, this_machine
+from niels_gpt.plan.limits import Limits, limits_here
 from niels_gpt.plan.recipe import Shape, seeded, tuned
 from niels_gpt.plan.text import PRIMER, Text, checked_sources, mix_of, read_text
 from niels_gpt.settings import Settings, validate_overrides
@@ -32,7 +32,7 @@ class Plan:
 
     hours: float
     seed: int
-    machine: Machine
+    machine: Limits
     text: Text
     candidates: Sequence[Candidate]  # best first
     measured: Sequence[Measured]
@@ -96,7 +96,7 @@ def make_plan(
     if sources is not None:
         overrides = on_sources(overrides, sources)
     settings = validate_overrides(overrides)
-    machine = this_machine(device, settings.training.pretrain, folder, memory_bytes=memory_bytes)
+    machine = limits_here(device, settings.training.pretrain, folder, memory_bytes=memory_bytes)
     text = read_text(settings, say)
     if sources is not None:
         overrides = _with_mix(overrides, settings, text)

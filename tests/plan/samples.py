@@ -6,7 +6,7 @@ from niels_gpt.bench.trial import Result, Trial
 from niels_gpt.plan.candidates import Question
 from niels_gpt.plan.cost import Costs, Measured, activations, states_bytes
 from niels_gpt.plan.law import KNOWN_TEXT, Scale, shipped_law
-from niels_gpt.plan.machine import Machine
+from niels_gpt.plan.limits import Limits
 from niels_gpt.plan.recipe import Shape, seeded, size_of, sized, tuned
 from niels_gpt.plan.text import Source, Text
 from niels_gpt.settings import Settings, validate_overrides
@@ -25,8 +25,8 @@ TEXT = Text(
 )
 
 
-def machine(memory: float = 16 * GB, disk: float = 100 * GB) -> Machine:
-    return Machine("cpu", "a test", "fp32", int(memory), int(disk))
+def machine(memory: float = 16 * GB, disk: float = 100 * GB) -> Limits:
+    return Limits("cpu", "a test", "fp32", int(memory), int(disk))
 
 
 def question(hours: float, *, memory: float = 16 * GB, disk: float = 100 * GB, text: Text = TEXT) -> Question:
