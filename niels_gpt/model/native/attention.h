@@ -10,7 +10,7 @@
 #include "rows.h"
 
 constexpr float NOWHERE = -1e30f;  // the score of what is not seen, where it goes through exp with the rest
-constexpr int QUERIES = 32;  // a block of rows; its keys end at its last row's own
+constexpr int QUERIES = 32;        // a block of rows; its keys end at its last row's own
 
 static inline vf greater(vf a, vf b) { return b > a ? b : a; }  // NaNs in b are passed over
 
@@ -20,7 +20,7 @@ static inline float greatest(vf v) {
   return most;
 }
 
-constexpr int LINE = 16;  // floats: a vector that lies in two cache lines is read and written at half the speed
+constexpr int LINE = 16;  // floats of a cache line; what begins at one has no vector in two
 
 static inline float* aligned(float* p) { return p + (LINE - ((uintptr_t)p / sizeof(float)) % LINE) % LINE; }
 
@@ -38,12 +38,12 @@ static inline vf swapped(vf v) {
 struct Attention {
   const int64_t B, T, H, D, Dp = (D + W - 1) / W * W;
   const float eps;
-  const float* qkv;       // (B, T, 3, H, D)
-  const int32_t* first;   // (B, T): the first position that each sees; null = 0
+  const float* qkv;      // (B, T, 3, H, D)
+  const int32_t* first;  // (B, T): the first position that each sees; null = 0
   const bool normed;
   std::vector<float> tables;
-  float *weights[2];         // (Dp) of q's and k's norm; ones without
-  float *cosines, *sines;    // (T, Dp): both of a pair; the sine of its first is negative
+  float* weights[2];       // (Dp) of q's and k's norm; ones without
+  float *cosines, *sines;  // (T, Dp): both of a pair; the sine of its first is negative
 
   Attention(int64_t B, int64_t T, int64_t H, int64_t D, float eps, const float* qkv, const float* q_norm,
             const float* k_norm, const float* sin, const float* cos, const int32_t* first)
