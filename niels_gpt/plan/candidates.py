@@ -17,11 +17,14 @@ from niels_gpt.train.start import eval_shape
 
 START_S = 8.0  # starting the program and loading its libraries
 PHASE_S = 2.5  # of a phase's time that no step gets: opening caches, warming up, saving
-EVALUATIONS = 3  # of a phase, two on the way and one at its end
+EVALUATIONS = 2  # of a phase, one on the way and one at its end
+SPEED_ERROR = (
+    0.15  # a machine is that much slower or faster than a minute's measuring says, for all that it does besides
+)
 EVALUATION_SHARE = 0.05  # of the time at most
 EVALUATED = 0.4  # time of an evaluated token over that of a trained one
 SAVE_S = 600.0  # between scheduled saves of a long phase
-SAVES = 2.5  # scheduled saves of a phase; the half keeps a slower machine from making one more or less
+SAVES = 1.5  # scheduled saves of a phase; the half keeps a slower or faster machine from making one more or less
 SHORTEST = 2.0**-12  # share of the time that a run must take
 SEARCH_ROUNDS = 60  # of a golden section: to the last token
 GOLDEN = (5**0.5 - 1) / 2
@@ -148,7 +151,7 @@ def candidate_of(question: Question, costs: Costs, shape: Shape, dropout: float)
         steps=steps,
         tokens_per_s=rate,
         measured=any(m.name == shape.name for m in costs.measured),
-        prediction=question.law.predict(size, tokens, unique=text.unique_tokens, dropout=dropout, scale=question.scale),
+        prediction=_prediction(question, size, tokens, dropout),
         peak_bytes=peak_bytes(question, costs, settings),
         disk_bytes=disk,
         seconds={
@@ -171,6 +174,17 @@ def peak_bytes(question: Question, costs: Costs, settings: Settings) -> float:
 
 def _shares() -> tuple[tuple[str, float], ...]:
     return ("pretrain", 1 - SFT_SHARE), ("sft", SFT_SHARE)
+
+
+def _prediction(question: Question, size: Size, tokens: float, dropout: float) -> Prediction:
+    """With the band of the curve, at the fewest and the most tokens that the time may come to."""
+    said, fewest, most = (
+        question.law.predict(
+            size, tokens * factor, unique=question.text.unique_tokens, dropout=dropout, scale=question.scale
+        )
+        for factor in (1.0, 1 - SPEED_ERROR, 1 + SPEED_ERROR)
+    )
+    return Prediction(said.bpb, min(said.low, fewest.low, most.low), max(said.high, fewest.high, most.high))
 
 
 def best_tokens(law: Law, size: Size, most: float, *, unique: float, dropout: float) -> float:

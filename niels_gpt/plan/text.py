@@ -78,12 +78,8 @@ def mix_of(names: Sequence[str], primer_share: float, tokens: dict[str, float]) 
     total = sum(tokens[name] for name in others)
     if not others or not total:
         return {PRIMER: 1.0}
-    left = 1.0
-    mix = {PRIMER: primer_share}
-    left -= primer_share
-    for name in others:
-        mix[name] = left * tokens[name] / total
-    return mix
+    shares = {name: (1 - primer_share) * tokens[name] / total for name in others}
+    return {PRIMER: primer_share, **shares}
 
 
 def checked_sources(names: Sequence[str]) -> list[str]:

@@ -80,6 +80,16 @@ def test_a_run_stops_where_reading_again_does_harm() -> None:
     assert best_tokens(law, large, 1e6, unique=3e6, dropout=0.0) == 1e6
 
 
+def test_the_band_holds_a_slower_and_a_faster_machine() -> None:
+    asked = question(0.5)
+    one = candidates(asked, costs())[0]
+    for factor in (0.86, 1.14):
+        tokens = factor * one.tokens
+        said = asked.law.predict(one.size, tokens, unique=TEXT.unique_tokens, dropout=one.dropout)
+        assert one.prediction.low < said.low and said.high < one.prediction.high
+    assert one.prediction.band <= 0.05
+
+
 def test_epochs_are_those_of_the_text() -> None:
     one = candidates(question(0.5), costs())[0]
     text_share = 0.4 + 0.6 * 0.75  # pretraining, and the replayed part of fine-tuning

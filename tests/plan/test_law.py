@@ -54,7 +54,7 @@ def test_the_shipped_curve_is_that_of_the_data() -> None:
 
 
 def test_the_fit_finds_a_curve_that_is_known() -> None:
-    truth = replace(shipped_law(), E=1.05, A=20.0, a=0.31, B=45.0, b=0.32)
+    truth = replace(shipped_law(), E=1.35, A=130.0, a=0.45, B=150.0, b=0.42, repeats=15.0)
     noise = np.random.default_rng(0).normal(0, 0.001, 100)
     points = []
     for size in (Size(370_000, 262_144, 0.0), S, M, L):
