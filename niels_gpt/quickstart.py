@@ -25,7 +25,7 @@ from niels_gpt.plan.recipe import seeded, tuned, with_minutes
 from niels_gpt.settings import Settings, validate_overrides
 from niels_gpt.summary import Summary, measure, show
 from niels_gpt.train.loop import Interrupted
-from niels_gpt.train.prepare import make_caches, make_tokenizer, set_other_runs_aside, step
+from niels_gpt.train.prepare import compile_kernels, make_caches, make_tokenizer, set_other_runs_aside, step
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.sft import run_sft
 
@@ -84,6 +84,7 @@ def _run(args: argparse.Namespace) -> int:
     console.print(f"niels-gpt quickstart: {args.minutes:g} minutes of training in {Path.cwd()}", markup=False)
     tokenizer = step(console, "1/5 tokenizer", lambda say: make_tokenizer(plan.settings, plan.seed, say))
     step(console, "2/5 caches", lambda say: make_caches(plan.settings, plan.seed, tokenizer, say))
+    compile_kernels(plan.settings, None, console)
     began = time.perf_counter()
     trained = train_both(plan, console)
     seconds = time.perf_counter() - began

@@ -21,6 +21,9 @@ from niels_gpt.cache.pretrain import build_pretrain
 from niels_gpt.cache.sft import build_sft
 from niels_gpt.data.registry import get_source
 from niels_gpt.data.types import Document
+from niels_gpt.device import resolve_device
+from niels_gpt.infer.native import decoder
+from niels_gpt.model.native import ops as native
 from niels_gpt.settings import PHASES, Settings
 from niels_gpt.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
 from niels_gpt.train.sft import sft_fingerprint
@@ -45,6 +48,14 @@ def step(console: Console, title: str, work: Callable[[Say], T]) -> T:
         result = work(say)
     console.print(f"[{title}] {outcome[0] if outcome else 'done'} ({time.perf_counter() - began:.1f} s)", markup=False)
     return result
+
+
+def compile_kernels(settings: Settings, device: str | None, console: Console) -> None:
+    """Compile now what a CPU trains and writes with, once per machine: not in the time for training."""
+    if settings.training.native_kernels and resolve_device(device) == "cpu":
+        with console.status("compiling kernels, once per machine"):
+            native.missing()
+            decoder.missing()
 
 
 def make_tokenizer(settings: Settings, seed: int, say: Say) -> SentencePieceTokenizer:
