@@ -61,7 +61,7 @@ def _add_rows(h: Tensor, w: Tensor, target: Tensor, grad_h: Tensor | None, grad_
 
 
 def _add_rows_in_place(h: Tensor, w: Tensor, target: Tensor, grad_h: Tensor | None, grad_w: Tensor | None) -> Tensor:
-    """The same for float32 on a CPU, where every row counts: each row of logits is read once, while in cache."""
+    """The same for float32 on a CPU, where every row counts: the logits become probabilities in place."""
     logits = h @ w.t()
     if native.usable(logits):
         nats = native.cross_entropy_(logits, target)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from niels_gpt.model import loss
 from niels_gpt.model.loss import IGNORED, cross_entropy_sum
 
 N, C, V = 23, 16, 37
@@ -105,3 +106,16 @@ def test_a_second_backward_pass_is_refused():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_what_is_held_at_once_is_bounded(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = loss.CHUNK_LOGITS.get(device, loss.CHUNK_LOGITS["cpu"])
+    for vocabulary in (256, 4096, 50257):
+        rows = loss.rows_at_once(vocabulary, device)
+        assert rows * vocabulary <= most < (rows + 1) * vocabulary
+    assert loss.rows_at_once(2 * most, device) == 1
+    h, weight, target = example()
+    whole = cross_entropy_sum(h, weight, target)
+    monkeypatch.setitem(loss.CHUNK_LOGITS, "cpu", 5 * V)
+    torch.testing.assert_close(cross_entropy_sum(h, weight, target), whole)
