@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from niels_gpt.model.loss import rows_at_once
 from niels_gpt.settings import default_settings
 from tools.bench_common import hugging_face_twin
 
+# Hardly moves: at a real rate the one batch is learnt by heart, and denormal gradients slow a step to a tenth.
+RATE = 1e-6
 Shape = Mapping[str, int]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,10 +41,10 @@ def matmul_parameters(model: nn.Module, *, positions: str = "wpe") -> int:
 def training_step(
     model: nn.Module, loss_of: Loss, x: Tensor, y: Tensor, precision: str, *, fused: bool = True
 ) -> Candidate:
-    """The step of a peer with AdamW at our defaults."""
+    """The step of a peer with AdamW at our defaults, but for the learning rate."""
     ours = default_settings().training.pretrain
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=ours.base_lr, betas=ours.betas, weight_decay=ours.weight_decay, fused=fused or None
+        model.parameters(), lr=RATE, betas=ours.betas, weight_decay=ours.weight_decay, fused=fused or None
     )
 
     def step() -> None:
@@ -83,6 +86,7 @@ def litgpt_step(shape: Shape, precision: str, x: Tensor, y: Tensor) -> Candidate
         intermediate_size=shape["d_ff"],
     )
     model = GPT(config).to(x.device).train()
+    model.apply(model._init_weights)  # its own way to begin, as its pretraining does
     model.lm_head.weight = model.transformer.wte.weight
     return training_step(model, lambda x, y: F.cross_entropy(model(x).flatten(0, 1), y.flatten()), x, y, precision)
 
@@ -197,3 +201,22 @@ def plain_step(shape: Shape, precision: str, x: Tensor, y: Tensor, *, rate: floa
     """rate: the dropout probability, inside attention as well. AdamW is PyTorch's default."""
     model = PlainModel(shape, rate).to(x.device).train()
     return training_step(model, model, x, y, precision, fused=False)
+
+
+def products_step(shape: Shape, precision: str, x: Tensor, y: Tensor) -> Candidate:
+    """No model: the matrix products of our step and nothing else, which no step made of them can outrun."""
+    V, C, L, d_ff = (shape[key] for key in ("V", "C", "L", "d_ff"))
+    rows = {"device": x.device, "dtype": torch.bfloat16 if precision == "bf16" else torch.float32}
+    matrices = [(V, C), *[(3 * C, C), (C, C), (d_ff, C), (d_ff, C), (C, d_ff)] * L]
+    weights = [torch.randn(*size, **rows) for size in matrices]
+    inputs = {width: torch.randn(x.numel(), width, **rows) for width in {C, d_ff}}
+    chunk = rows_at_once(V, x.device.type)
+
+    def step() -> None:
+        for w in weights:
+            h = inputs[w.shape[1]]
+            for part in h.split(chunk if w.shape[0] == V else len(h)):
+                out = part @ w.t()
+                out @ w, out.t() @ part
+
+    return Candidate(step, sum(w.numel() for w in weights))

@@ -78,6 +78,7 @@ WITHOUT_DROPOUT: dict[str, Build] = {
     "transformers Qwen3": peer(peers.transformers_step, family="Qwen3", compiled=False),
     "litgpt Llama": peer(peers.litgpt_step),
     "nanoGPT's shape": peer(peers.nano_step, compiled=False),
+    "our matrix products alone": peer(peers.products_step),
 }
 WITH_DROPOUT: dict[str, Build] = {
     "niels-gpt, AdamW, dropout 0.1": partial(our_step, rate=RATE),

@@ -26,12 +26,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=torch.float32, device=h.device)
         grad_h = torch.empty_like(h) if needs_grad else None
-        grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
         w = weight.to(h.dtype)
-        add_rows = _add_rows_in_place if h.device.type == "cpu" and w.dtype is torch.float32 else _add_rows
+        in_place = h.device.type == "cpu" and w.dtype is torch.float32
+        # In place the first chunk's gradient is written, not added: a pass over (V, C) less.
+        fresh = torch.empty if in_place and len(h) else torch.zeros
+        grad_w = fresh(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+        add_rows = _add_rows_in_place if in_place else _add_rows
         for start in range(0, h.shape[0], chunk):
             rows = slice(start, start + chunk)
-            total += add_rows(h[rows], w, target[rows], None if grad_h is None else grad_h[rows], grad_w)
+            into = None if grad_h is None else grad_h[rows]
+            total += add_rows(h[rows], w, target[rows], into, grad_w, first=start == 0)
         ctx.save_for_backward(grad_h, grad_w)
         return total
 
@@ -42,7 +46,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_h.mul_(grad.to(grad_h.dtype)), grad_w.mul_(grad), None, None
 
 
-def _add_rows(h: Tensor, w: Tensor, target: Tensor, grad_h: Tensor | None, grad_w: Tensor | None) -> Tensor:
+def _add_rows(
+    h: Tensor, w: Tensor, target: Tensor, grad_h: Tensor | None, grad_w: Tensor | None, *, first: bool
+) -> Tensor:
     """Nats of rows h (N, C), summed; their gradient goes into grad_h and is added to grad_w."""
     valid = (target != IGNORED)[:, None]  # (N, 1)
     index = target.clamp_min(0)
@@ -60,14 +66,19 @@ def _add_rows(h: Tensor, w: Tensor, target: Tensor, grad_h: Tensor | None, grad_
     return ((Z.log() + top - picked) * valid).sum()
 
 
-def _add_rows_in_place(h: Tensor, w: Tensor, target: Tensor, grad_h: Tensor | None, grad_w: Tensor | None) -> Tensor:
-    """The same for float32 on a CPU, where every row counts: the logits become probabilities in place."""
+def _add_rows_in_place(
+    h: Tensor, w: Tensor, target: Tensor, grad_h: Tensor | None, grad_w: Tensor | None, *, first: bool
+) -> Tensor:
+    """The same for float32 on a CPU, where every row counts: the logits become probabilities in place.
+
+    first: grad_w holds nothing yet.
+    """
     logits = h @ w.t()
     if native.usable(logits):
         nats = native.cross_entropy_(logits, target)
         if grad_h is not None and grad_w is not None:
             torch.mm(logits, w, out=grad_h)
-            grad_w.addmm_(logits.t(), h)
+            grad_w.addmm_(logits.t(), h, beta=0 if first else 1)
         return nats.sum()
     index = target[:, None]
     probs = torch.softmax(logits, dim=1, out=logits)
@@ -79,7 +90,7 @@ def _add_rows_in_place(h: Tensor, w: Tensor, target: Tensor, grad_h: Tensor | No
     if grad_h is not None and grad_w is not None:
         probs.scatter_add_(1, index, probs.new_full(index.shape, -1.0))
         torch.mm(probs, w, out=grad_h)
-        grad_w.addmm_(probs.t(), h)
+        grad_w.addmm_(probs.t(), h, beta=0 if first else 1)
     return nats.sum()
 
 

@@ -117,6 +117,20 @@ static inline int32_t sum(vi v) {
 #endif
 }
 
+// Four numbers of each of four rows become those of four columns; rows are from_row and to_row apart.
+static inline void transpose4(const float* from, int64_t from_row, float* to, int64_t to_row) {
+#if defined(__SSE__)
+  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_row);
+  __m128 c = _mm_loadu_ps(from + 2 * from_row), d = _mm_loadu_ps(from + 3 * from_row);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, a), _mm_storeu_ps(to + to_row, b);
+  _mm_storeu_ps(to + 2 * to_row, c), _mm_storeu_ps(to + 3 * to_row, d);
+#else
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 4; j++) to[i * to_row + j] = from[j * from_row + i];
+#endif
+}
+
 static inline vf all(float x) { return x - vf{}; }  // unlike x + 0, nothing to compute: -0 stays -0
 
 // Largest of n numbers; NaNs are passed over.

@@ -161,7 +161,7 @@ class Stepper:
         """Clip and update, if everything is finite; then drop the gradients."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip)))
+        norm = self._clip()
         nats, not_finite = self.world.sum(nats, not (math.isfinite(nats) and math.isfinite(norm)))
         finite = not not_finite  # for all processes, whichever of them saw it
         rescaled = False
@@ -175,6 +175,15 @@ class Stepper:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(nats / valid, norm, valid, finite, rescaled)
+
+    def _clip(self) -> float:
+        """Scale the gradients down to `grad_clip` if they are above it; returns their norm before that."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm(grads)
+        norm = float(whole(total))
+        if norm > self.options.grad_clip:  # otherwise all would be multiplied by 1: a pass over them for nothing
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.options.grad_clip, total)
+        return norm
 
     def _try_otherwise(self, step: int, failure: _Failure) -> None:
         """Change what may let the same step succeed, with a warning; raises if there is nothing to change."""

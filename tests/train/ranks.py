@@ -68,7 +68,7 @@ def poison(world: World, config: dict[str, Any], resume: str | None) -> object:
     loop = Loop(pretrain_job(start), device="cpu", reporter=reporter, resume=None, init=None)
     applied = [loop.train_step(0).applied]
     before = snapshot(loop)
-    clip = torch.nn.utils.clip_grad_norm_
+    total = torch.nn.utils.get_total_norm
     for number, how in enumerate(("gradient", "loss", "norm", "nothing"), start=1):
         hooks = []
         if world.rank == 1 and how == "gradient":
@@ -77,9 +77,9 @@ def poison(world: World, config: dict[str, Any], resume: str | None) -> object:
         elif world.rank == 1 and how == "loss":
             hooks.append(loop.model.register_forward_hook(lambda model, inputs, loss: loss * math.nan))
         elif world.rank == 1 and how == "norm":
-            torch.nn.utils.clip_grad_norm_ = lambda *args, **kwargs: clip(*args, **kwargs) * math.nan
+            torch.nn.utils.get_total_norm = lambda *args, **kwargs: total(*args, **kwargs) * math.nan
         applied.append(loop.train_step(number).applied)
-        torch.nn.utils.clip_grad_norm_ = clip
+        torch.nn.utils.get_total_norm = total
         for hook in hooks:
             hook.remove()
         if how != "nothing":

@@ -10,6 +10,7 @@
 #include "rows.h"
 
 constexpr float NOWHERE = -1e30f;  // the score of what is not seen, where it goes through exp with the rest
+constexpr int BAND = 8;            // rows that go into panels together: divides COLUMNS and QUERIES
 constexpr int QUERIES = 32;        // a block of rows; its keys end at its last row's own
 
 static inline vf greater(vf a, vf b) { return b > a ? b : a; }  // NaNs in b are passed over
@@ -75,10 +76,16 @@ struct Attention {
     return v;
   }
 
+  // Writes numbers i to i + W of a row of D.
+  void put(float* row, int64_t i, vf v) const {
+    if (i + W <= D) return store(row + i, v);
+    memcpy(row + i, &v, (D - i) * sizeof(float));
+  }
+
   // Rows of one head lie far apart, so no processor guesses which comes next: ask for the row after some more.
   template <int write>
-  void ask_ahead(const float* row) const {
-    for (int64_t i = 0; i < D; i += LINE) __builtin_prefetch(row + 8 * 3 * H * D + i, write);
+  void ask_ahead(const float* row, int64_t shares = 3) const {
+    for (int64_t i = 0; i < D; i += LINE) __builtin_prefetch(row + 8 * shares * H * D + i, write);
   }
 
   float inverse_rms(const float* row) const {
@@ -121,7 +128,7 @@ struct Attention {
     for (int64_t i = 0; i < D; i += W) {
       vf x = load(g + i);
       if (normed) x = (x * load(w + i) - part(from, i) * mean) * inverse;
-      memcpy(grad_qkv + at + i, &x, std::min<int64_t>(W, D - i) * sizeof(float));
+      put(grad_qkv + at, i, x);
     }
   }
 };
@@ -130,14 +137,14 @@ struct Attention {
 // COLUMNS).
 struct Head {
   const Attention& a;
-  const int64_t b, h, T, D, Dp, Tp;
+  const int64_t b, h, T, D, Dp, Tp, Sp;
   float *keys, *key_panels, *values, *value_panels, *grad_keys, *grad_values;  // values: on the way there only
   float *queries, *grads, *out, *scores, *grad_scores;
 
   Head(const Attention& a, int64_t b, int64_t h)
-      : a(a), b(b), h(h), T(a.T), D(a.D), Dp(a.Dp), Tp(a.padded_T()) {
+      : a(a), b(b), h(h), T(a.T), D(a.D), Dp(a.Dp), Tp(a.padded_T()), Sp(Tp + LINE) {
     static thread_local std::vector<float> memory;
-    const int64_t whole = Tp * Dp, block = QUERIES * Dp, square = QUERIES * Tp;
+    const int64_t whole = Tp * Dp, block = QUERIES * Dp, square = QUERIES * Sp;
     const size_t size = 5 * whole + 3 * block + 2 * square + LINE;
     if (D < Dp || T < Tp || memory.size() != size) memory.assign(size, 0.0f);  // what pads stays zero otherwise
     float* next = aligned(memory.data());
@@ -147,25 +154,34 @@ struct Head {
     values = value_panels;
   }
 
-  static void into_panel(float* panels, const float* row, int64_t t, int64_t D, int64_t Dp) {
+  // Rows t to t + n (n <= BAND, t a multiple of it) of a head, Dp apart, into its panels.
+  void into_panels(float* panels, const float* rows, int64_t t, int n) const {
     float* to = panels + t / COLUMNS * Dp * COLUMNS + t % COLUMNS;
-    for (int64_t d = 0; d < D; d++) to[d * COLUMNS] = row[d];
+    int r = 0;
+    for (; r + 4 <= n; r += 4)
+      for (int64_t d = 0; d < Dp; d += 4) transpose4(rows + r * Dp + d, Dp, to + d * COLUMNS + r, COLUMNS);
+    for (; r < n; r++)
+      for (int64_t d = 0; d < Dp; d++) to[d * COLUMNS + r] = rows[r * Dp + d];
   }
 
   void read_keys() {
-    for (int64_t t = 0; t < T; t++) {
-      a.turned(b, t, 1, h, 1, keys + t * Dp);
-      into_panel(key_panels, keys + t * Dp, t, D, Dp);
+    for (int64_t t = 0; t < T; t += BAND) {
+      const int n = (int)std::min<int64_t>(BAND, T - t);
+      for (int i = 0; i < n; i++) a.turned(b, t + i, 1, h, 1, keys + (t + i) * Dp);
+      into_panels(key_panels, keys + t * Dp, t, n);
     }
   }
 
   void read_values(bool panels) {
-    for (int64_t t = 0; t < T; t++) {
-      const float* from = a.qkv + a.row(b, t, 2, h);
-      if (panels)
-        into_panel(value_panels, from, t, D, Dp);
-      else
-        memcpy(values + t * Dp, from, D * sizeof(float));
+    for (int64_t t = 0; t < T; t += BAND) {
+      const int n = (int)std::min<int64_t>(BAND, T - t);
+      float* rows = panels ? queries : values + t * Dp;  // the former are not read yet
+      for (int i = 0; i < n; i++) {
+        const float* from = a.qkv + a.row(b, t + i, 2, h);
+        a.ask_ahead<0>(from);
+        memcpy(rows + i * Dp, from, D * sizeof(float));
+      }
+      if (panels) into_panels(value_panels, rows, t, n);
     }
   }
 
@@ -182,10 +198,10 @@ struct Head {
     return low / COLUMNS * COLUMNS;
   }
 
-  // to (rows, Tp)[low:end] = left (rows, Dp) times the panels from `low` on.
+  // to (rows, Sp)[low:end] = left (rows, Dp) times the panels from `low` on.
   void against(const float* left, const float* panels, float* to, int rows, int64_t low, int64_t end) {
     for (int64_t t = low; t < end; t += COLUMNS)
-      multiply({left, Dp, 1}, panels + t * Dp, COLUMNS, to + t, Tp, rows, COLUMNS, (int)Dp, false);
+      multiply({left, Dp, 1}, panels + t * Dp, COLUMNS, to + t, Sp, rows, COLUMNS, (int)Dp, false);
   }
 
   // y: this head's share of (B, T, H, D); logsum (T).
@@ -199,7 +215,7 @@ struct Head {
       against(queries, key_panels, scores, rows, low, end);
       float sums[QUERIES];
       for (int64_t t = start; t < end; t++) {
-        float* p = scores + (t - start) * Tp;
+        float* p = scores + (t - start) * Sp;
         const int64_t from = a.first_of(b, t), left = from / W * W, right = (t + W) / W * W;  // in whole vectors
         std::fill(p + left, p + from, NOWHERE);
         std::fill(p + t + 1, p + right, NOWHERE);
@@ -216,10 +232,11 @@ struct Head {
         sums[t - start] = sum(total);
         logsum[t] = most[0] + std::log(sums[t - start]);
       }
-      multiply({scores + low, Tp, 1}, values + low * Dp, Dp, out, Dp, rows, (int)Dp, (int)(end - low), false);
+      multiply({scores + low, Sp, 1}, values + low * Dp, Dp, out, Dp, rows, (int)Dp, (int)(end - low), false);
       for (int64_t t = start; t < end; t++) {
         const float scale = 1 / sums[t - start];
         float* to = y + ((b * T + t) * a.H + h) * D;
+        a.ask_ahead<1>(to, 1);
         for (int64_t d = 0; d < D; d++) to[d] = out[(t - start) * Dp + d] * scale;
       }
     }
@@ -235,15 +252,18 @@ struct Head {
       const int64_t end = std::min(start + QUERIES, T), low = lowest(start, end), n = end - low;
       const int rows = (int)(end - start);
       read_queries(start, end);
-      for (int64_t t = start; t < end; t++)
-        memcpy(grads + (t - start) * Dp, grad + ((b * T + t) * a.H + h) * D, D * sizeof(float));
+      for (int64_t t = start; t < end; t++) {
+        const int64_t at = ((b * T + t) * a.H + h) * D;
+        a.ask_ahead<0>(grad + at, 1), a.ask_ahead<0>(y + at, 1);
+        memcpy(grads + (t - start) * Dp, grad + at, D * sizeof(float));
+      }
       against(queries, key_panels, scores, rows, low, end);
       against(grads, value_panels, grad_scores, rows, low, end);
       for (int64_t t = start; t < end; t++) probabilities(t, t - start, low, end, y, logsum[t]);
-      const Left P = {scores + low, 1, Tp}, dS = {grad_scores + low, 1, Tp};  // both transposed
+      const Left P = {scores + low, 1, Sp}, dS = {grad_scores + low, 1, Sp};  // both transposed
       multiply(P, grads, Dp, grad_values + low * Dp, Dp, (int)n, (int)Dp, rows, true);
       multiply(dS, queries, Dp, grad_keys + low * Dp, Dp, (int)n, (int)Dp, rows, true);
-      multiply({grad_scores + low, Tp, 1}, keys + low * Dp, Dp, out, Dp, rows, (int)Dp, (int)n, false);
+      multiply({grad_scores + low, Sp, 1}, keys + low * Dp, Dp, out, Dp, rows, (int)Dp, (int)n, false);
       for (int64_t t = start; t < end; t++) {
         a.turned_back(b, t, 0, h, scale, out + (t - start) * Dp, grad_qkv, grad_norms);
       }
@@ -256,7 +276,7 @@ struct Head {
 
   // Row t, the block's row r: scores S and grad_scores dP become P and dS = P (dP - sum(g y)).
   void probabilities(int64_t t, int64_t r, int64_t low, int64_t end, const float* y, float logsum) {
-    float *__restrict p = scores + r * Tp, *__restrict ds = grad_scores + r * Tp;
+    float *__restrict p = scores + r * Sp, *__restrict ds = grad_scores + r * Sp;
     const int64_t from = a.first_of(b, t), left = from / W * W, right = (t + W) / W * W;  // in whole vectors
     const vf shared = all(dot(grads + r * Dp, y + ((b * T + t) * a.H + h) * D, D));
     for (int64_t i = left; i < right; i += W) {
