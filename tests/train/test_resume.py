@@ -75,7 +75,7 @@ def test_a_process_that_is_killed_from_outside(
     folder = pipeline(tmp_path / "killed", tiny_tokenizer, 30)
     workshop.kill_at(folder, "pretrain", rng.randint(8, 24), rng, *pretrain)
     assert "resumed from" in workshop.run(folder, *pretrain).stdout
-    assert workshop.steps_logged(folder, "pretrain") == workshop.steps_logged(straight, "pretrain")
+    assert workshop.steps_logged(folder) == workshop.steps_logged(straight)
     latest = "checkpoints/pretrain/latest.pt"
     assert workshop.weights_sha(folder / latest) == workshop.weights_sha(straight / latest)
 

@@ -101,7 +101,7 @@ def run(folder: Path, *arguments: str | Path, expect: int = 0) -> subprocess.Com
     return done
 
 
-def steps_logged(folder: Path, phase: str) -> dict[int, str]:
+def steps_logged(folder: Path, phase: str = "pretrain") -> dict[int, str]:
     """step -> exact loss, over all metrics files of a phase in the folder."""
     found: dict[int, str] = {}
     for path in sorted(folder.glob("runs/*/metrics.jsonl"), key=lambda p: p.stat().st_mtime_ns):
