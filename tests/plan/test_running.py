@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import signal
@@ -24,7 +25,7 @@ from niels_gpt.settings import validate_overrides
 from niels_gpt.train.prepare import set_other_runs_aside
 from tests.plan.samples import TEXT, Source, costs, machine
 from tests.plan.test_text import on_primer
-from tests.test_quickstart import ENVIRONMENT, niels
+from tests.test_quickstart import ENVIRONMENT
 
 SECONDS = {"start": 8.0, "tokenizer": 0.5, "caches": 1.5, "pretrain": 2.5, "sft": 2.5, "evaluation": 1.0}
 
@@ -50,7 +51,15 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def done(record: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("planned")
     (folder / "plan.json").write_text(json.dumps(record))
-    return folder, niels("train", "--plan", "plan.json", "--device", "cpu", cwd=folder).stdout
+    return folder, carried_out(folder)
+
+
+def carried_out(folder: Path) -> str:
+    """What `niels-gpt train --plan plan.json` says in a folder."""
+    said = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(said):
+        assert main(["train", "--plan", "plan.json", "--device", "cpu"]) == 0
+    return said.getvalue()
 
 
 def test_it_makes_everything_and_compares(done: tuple[Path, str], record: dict[str, Any]) -> None:
@@ -79,7 +88,7 @@ def test_one_that_is_stopped_goes_on(record: dict[str, Any], tmp_path: Path) -> 
                 process.send_signal(signal.SIGTERM)  # which a shell never has ignored
         assert process.wait() == 128 + signal.SIGTERM
     assert len(list(tmp_path.glob(f"runs/*/{KEPT}"))) == 1  # the plan is with what there is of its run
-    out = niels("train", "--plan", "plan.json", cwd=tmp_path).stdout
+    out = carried_out(tmp_path)
     assert "reused here/tokenizer/spm.model" in out and "2 of 2 caches reused" in out and "moved to" not in out
     assert "resumed from" in out and "planned and actual" in out
     assert (tmp_path / "checkpoints/sft/best.pt").is_file()
