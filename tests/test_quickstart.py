@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,33 +15,27 @@ from niels_gpt import quickstart
 from niels_gpt.cli import COMMANDS, main
 from niels_gpt.quickstart import make_plan
 from niels_gpt.summary import sample_of
-
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+from tests.train import workshop
 
 
-def niels(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder it makes, and what it says, started as a user does."""
+    pytest.importorskip("chitchat_dataset")
+    folder = tmp_path_factory.mktemp("quickstart")
     done = subprocess.run(
-        [sys.executable, "-m", "niels_gpt.cli", *arguments],
-        cwd=cwd,
-        env=ENVIRONMENT,
+        [sys.executable, "-m", "niels_gpt.cli", "quickstart", "--minutes", "0.1", "--no-chat", "--out", "made"],
+        cwd=folder,
+        env=workshop.environment(),
         capture_output=True,
         text=True,
         timeout=280,
         stdin=subprocess.DEVNULL,
         check=False,
     )
-    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr
-    return done
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    pytest.importorskip("chitchat_dataset")
-    folder = tmp_path_factory.mktemp("quickstart")
-    out = niels("quickstart", "--minutes", "0.1", "--no-chat", "--out", "made", cwd=folder).stdout
-    return folder / "made", out
+    return folder / "made", done.stdout
 
 
 def test_it_makes_a_model_and_says_how_good_it_is(first: tuple[Path, str]) -> None:

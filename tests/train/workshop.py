@@ -96,7 +96,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def run(folder: Path, *arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
