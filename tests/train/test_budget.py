@@ -95,6 +95,13 @@ def test_an_evaluation_that_takes_most_of_the_budget_leaves_half_of_it_for_steps
     assert 14 <= len(rates) <= 17  # of the half
 
 
+def test_there_is_always_time_for_one_step(world: dict[str, Any], clock: Clock) -> None:
+    """Opening caches alone may take longer than the budget, and a model that has learned nothing is no use to anyone."""
+    loop = workshop.make_loop(world, minutes=0.001)
+    rates = slowed(loop, clock, step=1.0, evaluation=1.0, spent=20.0)
+    assert loop.run().state.step == len(rates) == 1
+
+
 def test_what_follows_the_end_is_kept_back_before_it_was_ever_timed() -> None:
     options = PhaseSettings(minutes=10.0)
     budget = Budget(options, evaluation_in_steps=40, save_bytes=10**9)
