@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start, too: several at once with several threads each are slow
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
 os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "niels-gpt-tests-no-hub-cache")  # not the user's
 

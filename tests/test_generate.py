@@ -1,10 +1,9 @@
-"""Sampling, the stream of steps and the text helpers; what the cache computes is tested in infer/test_kv_cache.py."""
+"""The stream of steps and the text helpers; what the cache computes is tested in infer/test_kv_cache.py."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -16,125 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from niels_gpt.config import V1, V2, ModelConfig
-from niels_gpt.generate import (
-    Sampling,
-    Step,
-    StopText,
-    generate_ids,
-    generate_text,
-    sample_next_token,
-    stream_steps,
-    top_k_filter,
-    top_p_filter,
-)
+from niels_gpt.generate import Sampling, Step, StopText, generate_ids, generate_text, stream_steps
 from niels_gpt.infer.kv_cache import generate_ids_cached, generate_ids_greedy_full
-from niels_gpt.infer.sampling import penalize_repetition
 from niels_gpt.model.gpt import GPT
 from niels_gpt.settings import GenerationSettings
 from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from tests.reference import BUNDLE, needs_bundle
-from tests.varied import random_ids, varied_model
+from tests.varied import random_ids, seeded, varied_model
 
 GREEDY = Sampling(temperature=0)
-rows = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40).map(torch.tensor)
-
-
-def seeded(seed: int = 42) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def ids_of(model: GPT, prompt: list[int], n: int = 12, sampling: Sampling = GREEDY, **options: Any) -> list[int]:
     return [s.token_id for s in stream_steps(model, prompt, max_new_tokens=n, sampling=sampling, **options)]
-
-
-class TestFilters:
-    @given(rows, st.integers(1, 60))
-    def test_exactly_k_survive_and_none_beats_them(self, logits: Tensor, k: int) -> None:
-        kept = top_k_filter(logits, k).isfinite()
-        assert int(kept.sum()) == min(k, len(logits))
-        assert torch.equal(top_k_filter(logits, k)[kept], logits[kept])
-        assert bool(kept.all()) or logits[kept].min() >= logits[~kept].max()
-
-    def test_ties_do_not_let_more_than_k_through(self) -> None:
-        assert int(top_k_filter(torch.zeros(3, 10), 4).isfinite().sum(-1).unique()) == 4
-
-    @given(rows, st.floats(0, 1))
-    def test_the_smallest_prefix_of_mass_p_survives(self, logits: Tensor, p: float) -> None:
-        kept = top_p_filter(logits, p).isfinite()
-        probs = logits.double().softmax(-1)
-        assert kept.any()
-        assert probs[kept].sum() >= p - 1e-6
-        if int(kept.sum()) > 1:
-            assert probs[kept].sum() - probs[kept].min() < p + 1e-6
-        assert bool(kept.all()) or logits[kept].min() >= logits[~kept].max()
-
-    def test_the_token_that_crosses_the_threshold_stays(self) -> None:
-        logits = torch.tensor([0.1, 0.6, 0.3]).log()
-        assert top_p_filter(logits, 0.5).isfinite().tolist() == [False, True, False]
-        assert top_p_filter(logits, 0.7).isfinite().tolist() == [False, True, True]
-
-    @given(rows, st.floats(1, 5), st.data())
-    def test_a_penalty_never_favours_a_seen_token(self, logits: Tensor, penalty: float, data: st.DataObject) -> None:
-        seen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(logits), max_size=len(logits))))
-        penalized = penalize_repetition(logits, seen, penalty)
-        assert bool((penalized <= logits).all()) and torch.equal(penalized[~seen], logits[~seen])
-
-
-class TestSampleNextToken:
-    def test_zero_temperature_is_argmax_and_negative_is_an_error(self) -> None:
-        assert sample_next_token(torch.tensor([1.0, 5.0, 2.0]), temperature=0) == 1
-        with pytest.raises(ValueError, match="temperature must be >= 0"):
-            sample_next_token(torch.tensor([1.0]), temperature=-0.1)
-
-    @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-5])
-    @pytest.mark.parametrize("logits", [[1.0, 5.0, 2.0], [-9.0, -3.0, -4.0], [0.0, 0.5, -1.0]])
-    def test_a_temperature_too_small_to_divide_by_is_greedy(self, temperature: float, logits: list[float]) -> None:
-        for options in ({}, {"top_k": 2}, {"top_p": 0.9}):
-            assert sample_next_token(torch.tensor(logits), temperature=temperature, **options) == 1
-
-    def test_k_above_the_vocabulary_and_zero_both_mean_everything(self) -> None:
-        logits = torch.randn(20, generator=seeded())
-        plain = sample_next_token(logits, temperature=1.0, generator=seeded())
-        for k in (0, 20, 10**9):
-            assert sample_next_token(logits, temperature=1.0, top_k=k, generator=seeded()) == plain
-
-    def test_a_dominating_token_survives_any_p(self) -> None:
-        logits = torch.tensor([0.0, 30.0, 0.0])
-        for p in (0.1, 0.9, 1.0):
-            assert sample_next_token(logits, temperature=1.0, top_p=p, generator=seeded()) == 1
-
-    def test_draws_follow_the_distribution(self) -> None:
-        logits, generator = torch.tensor([0.2, 0.5, 0.3]).log(), seeded()
-        counts = Counter(sample_next_token(logits, temperature=1.0, generator=generator) for _ in range(4000))
-        assert [round(counts[i] / 4000, 1) for i in range(3)] == [0.2, 0.5, 0.3]
-
-    @needs_bundle
-    def test_reference_draws(self) -> None:
-        vectors = json.loads((BUNDLE / "v2/vectors/sampling.json").read_text())
-        logits = torch.tensor(vectors["logits"])
-        for case in vectors["cases"]:
-            generator = seeded(case["seed"])
-            options = {"temperature": case["temperature"], "top_k": case["top_k"], "generator": generator}
-            assert [sample_next_token(logits, **options) for _ in range(20)] == case["tokens_20"]
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"temperature": -1},
-        {"temperature": math.nan},
-        {"temperature": math.inf},
-        {"top_k": -1},
-        {"top_p": 1.5},
-        {"top_p": -0.1},
-        {"top_p": math.nan},
-        {"repetition_penalty": 0},
-        {"repetition_penalty": math.nan},
-    ],
-)
-def test_senseless_sampling_values_are_refused(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        Sampling(**{"temperature": 1.0, **bad})
 
 
 class TestStream:
@@ -240,50 +133,6 @@ class TestStream:
             next(model.ln_f.parameters()).fill_(math.nan)
         with pytest.raises(ValueError, match="non-finite"):
             ids_of(model, [1])
-
-
-class TestFullContext:
-    @staticmethod
-    def rolling_oracle(model: GPT, ids: list[int], n: int) -> list[int]:
-        """Greedy full forward passes over a window that falls back to its last half when it is full."""
-        T, start, new = model.cfg.T, max(0, len(ids) - model.cfg.T), list[int]()
-        for _ in range(n):
-            everything = ids + new
-            if len(everything) - start > T:
-                start = len(everything) - T // 2
-            with torch.no_grad():
-                new.append(int(model(torch.tensor([everything[start:]]))[0, -1].argmax()))
-        return new
-
-    @pytest.mark.parametrize("prompt_length", [1, 31, 32, 33, 80])
-    def test_the_cached_stream_rolls_on(self, prompt_length: int) -> None:
-        model, prompt = varied_model(), random_ids(prompt_length, 61)
-        ids = ids_of(model, prompt, 70)
-        assert ids == self.rolling_oracle(model, prompt, 70)
-        assert len(set(ids)) >= 6
-
-    @pytest.mark.parametrize("use_cache", [True, False])
-    def test_a_context_of_one_token_works(self, use_cache: bool) -> None:
-        model = varied_model(T=1)
-        ids = [5]
-        for _ in range(6):
-            with torch.no_grad():
-                ids.append(int(model(torch.tensor([ids[-1:]]))[0, -1].argmax()))
-        assert ids_of(model, [5], 6, use_cache=use_cache) == ids[1:]
-
-    def test_the_uncached_stream_keeps_the_last_T(self) -> None:
-        model, ids = varied_model(), random_ids(30, 61)
-        new = ids_of(model, ids, 20, use_cache=False)
-        for token_id in new:
-            with torch.no_grad():
-                assert token_id == int(model(torch.tensor([ids[-32:]]))[0, -1].argmax())
-            ids = [*ids, token_id]
-
-    def test_traced_rows_go_on_after_rolling(self) -> None:
-        steps = list(stream_steps(varied_model(), [1] * 30, max_new_tokens=20, sampling=GREEDY, trace_layer=0))
-        lengths = [step.attn_row.shape[1] for step in steps if step.attn_row is not None]
-        assert lengths == [30, 31, 32, *range(16, 33)]
-        assert all(abs(float(step.attn_row.sum(-1).mean()) - 1) < 1e-5 for step in steps if step.attn_row is not None)
 
 
 class TestTrainingMode:

@@ -3,65 +3,39 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
+from niels_gpt import quickstart
 from niels_gpt.cli import COMMANDS, main
 from niels_gpt.quickstart import make_plan
 from niels_gpt.summary import sample_of
-
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+from tests.train import workshop
 
 
-def niels(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder it makes, and what it says, started as a user does."""
+    pytest.importorskip("chitchat_dataset")
+    folder = tmp_path_factory.mktemp("quickstart")
     done = subprocess.run(
-        [sys.executable, "-m", "niels_gpt.cli", *arguments],
-        cwd=cwd,
-        env=ENVIRONMENT,
+        [sys.executable, "-m", "niels_gpt.cli", "quickstart", "--minutes", "0.1", "--no-chat", "--out", "made"],
+        cwd=folder,
+        env=workshop.environment(),
         capture_output=True,
         text=True,
         timeout=280,
         stdin=subprocess.DEVNULL,
         check=False,
     )
-    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr
-    return done
-
-
-def niels_until(pattern: str, *arguments: str, cwd: Path) -> str:
-    """What the program prints up to a line with the pattern; then it is stopped, for its summary takes a while."""
-    with subprocess.Popen(
-        [sys.executable, "-u", "-m", "niels_gpt.cli", *arguments],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    ) as process:
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if re.search(pattern, line):
-                process.kill()
-                return "".join(lines)
-    raise AssertionError(f"no line has {pattern!r}:\n{''.join(lines)[-3000:]}")
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    pytest.importorskip("chitchat_dataset")
-    folder = tmp_path_factory.mktemp("quickstart")
-    out = niels("quickstart", "--minutes", "0.1", "--no-chat", "--out", "made", cwd=folder).stdout
-    return folder / "made", out
+    return folder / "made", done.stdout
 
 
 def test_it_makes_a_model_and_says_how_good_it_is(first: tuple[Path, str]) -> None:
@@ -86,33 +60,56 @@ def test_the_budget_holds_evaluations_and_saves_too(first: tuple[Path, str]) -> 
     assert len(finished) == 2 and all(int(steps) > 0 for steps, _, _ in finished)
 
 
-def test_the_model_answers_on_stdout_alone(first: tuple[Path, str]) -> None:
-    folder, _ = first
+def test_the_model_answers_on_stdout_alone(
+    first: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(first[0])
     ask = ("--prompt", "what is your name?")
-    said = niels("chat", "--ckpt", "checkpoints/best.pt", "--temperature", "0", *ask, *ask, cwd=folder).stdout
+    assert main(["chat", "--ckpt", "checkpoints/best.pt", "--temperature", "0", *ask, *ask]) == 0
+    said = capfd.readouterr().out
     half = len(said) // 2
     assert said[:half].strip() and said[:half] == said[half:]
 
 
-def test_a_second_run_reuses_what_is_still_valid(first: tuple[Path, str]) -> None:
+def again(
+    folder: Path, minutes: str, before: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> str:
+    """What another run says up to one of its steps, where Ctrl-C is pressed."""
+
+    def press(*_: Any, **__: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, before, press)
+    monkeypatch.chdir(folder)
+    assert main(["quickstart", "--minutes", minutes, "--no-chat"]) == 130
+    out, err = capfd.readouterr()
+    assert "interrupted; run the same command again to go on" in err
+    return out
+
+
+def test_a_second_run_reuses_what_is_still_valid(
+    first: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder, _ = first
     before = (folder / "checkpoints/best.pt").read_bytes()
-    out = niels_until(r"\[sft\] finished", "quickstart", "--minutes", "0.1", "--no-chat", cwd=folder)
+    out = again(folder, "0.1", "measure", monkeypatch, capfd)
     assert "reused artifacts/tokenizer/quickstart/spm.model" in out and "4 of 4 caches reused" in out
-    assert out.count("resumed from") == 2
+    assert out.count("resumed from") == 2 and "[sft] finished" in out
     assert (folder / "checkpoints/best.pt").read_bytes() == before
     assert not list(folder.glob("checkpoints-*"))
 
 
-def test_other_settings_move_the_old_model_aside(first: tuple[Path, str], tmp_path: Path) -> None:
+def test_other_settings_move_the_old_model_aside(
+    first: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder, _ = first
     old = (folder / "checkpoints/best.pt").read_bytes()
     config = folder / "checkpoints/sft/latest.pt.resolved_settings.json"
     assert json.loads(config.read_text())["settings"]["training"]["sft"]["minutes"] == pytest.approx(0.1 * 0.6)
-    out = niels_until(r"\[4/5 fine-tuning\]", "quickstart", "--minutes", "0.05", "--no-chat", cwd=folder)
+    out = again(folder, "0.05", "run_sft", monkeypatch, capfd)
     (aside,) = folder.glob("checkpoints-*")
     assert f"moved to {aside.name}" in out and (aside / "best.pt").read_bytes() == old
-    assert "resumed from" not in out
+    assert "resumed from" not in out and "[4/5 fine-tuning]" in out
 
 
 def test_a_short_run_is_asked_an_even_sample() -> None:

@@ -212,9 +212,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     ran: dict[str, Ran] = {}
     with LoopbackHub() as hub:
         samples.publish_all(hub)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("OMP_NUM_THREADS", "1")
-            worker = Worker(hub.url, top / "hf_home", offline=False)
+        worker = Worker(hub.url, top / "hf_home", offline=False)
         for command in (*sorted(HERE, key=rank), RESUME_OF_SFT):
             if "cache build primer --config configs/quickstart" in smaller(command) or "notes --dir" in command:
                 shutil.copytree(

@@ -40,3 +40,7 @@ def varied_model(
 
 def random_ids(n: int, V: int, seed: int = 1) -> list[int]:
     return torch.randint(V, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def seeded(seed: int = 42) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

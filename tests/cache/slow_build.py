@@ -1,4 +1,4 @@
-"""A build for tests that kill it: `python -m tests.cache.slow_build ROOT MODEL SOURCE [DOCUMENTS]`.
+"""A build for tests that kill it.
 
 The source is `folder` (two splits) or `stream` (one stream, shuffled, with budgets); small blocks and commits put many
 durable states into a short run. The texts are made from numbers, so every run reads the same.
@@ -7,7 +7,6 @@ durable states into a short run. The texts are made from numbers, so every run r
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,3 @@ def build(root: Path, model: Path, source: str, n: int = DOCUMENTS, workers: int
         }
     )
     return pretrain.build_pretrain(settings, load_tokenizer(model), source, root=root, workers=workers)
-
-
-if __name__ == "__main__":
-    build(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))

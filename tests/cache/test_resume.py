@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,8 @@ from tests.cache import slow_build
 from tests.cache.slow_build import build
 
 KINDS = ("folder", "stream")
+PROCESSES = multiprocessing.get_context("forkserver")  # which imports everything once, for all that are killed
+PROCESSES.set_forkserver_preload(["tests.cache.slow_build"])
 
 
 @pytest.fixture(autouse=True)
@@ -171,21 +172,26 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, model: Path,
 def kill_builds(root: Path, model: Path, kind: str, kills: int, seed: int) -> int:
     """Kill builds at random moments until that many died, then finish; returns how many left a journal."""
     draw = random.Random(seed)
-    command = [sys.executable, "-m", "tests.cache.slow_build", str(root), str(model), kind, "600", "2"]
     died = journals = 0
     new = root / f".{kind}.new"
+    arguments = (root, model, kind, 600, 2)
     while died < kills:
-        process = subprocess.Popen(command)
-        while process.poll() is None and not new.is_dir():
+        process = PROCESSES.Process(target=build, args=arguments)
+        process.start()
+        while process.is_alive() and not new.is_dir():
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.25))
-        process.send_signal(signal.SIGKILL)
-        if process.wait() == -signal.SIGKILL:
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
             died += 1
             journals += (new / "journal.json").is_file()
         elif (root / kind).is_dir():  # it was done before: begin another
             shutil.rmtree(root / kind)
-    assert subprocess.run(command).returncode == 0
+    process = PROCESSES.Process(target=build, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     return journals
 
 

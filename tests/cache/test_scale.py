@@ -16,7 +16,7 @@ from niels_gpt.data.registry import SOURCES, Source
 from niels_gpt.data.types import Document
 from niels_gpt.settings import Settings, validate_overrides
 from niels_gpt.tokenizer import SentencePieceTokenizer
-from tests.cache.test_pretrain import write_notes
+from tests.cache.samples import write_notes
 from tests.cache.test_resume import contents
 
 pytest.importorskip("datatrove", reason="the extra scale is not installed")

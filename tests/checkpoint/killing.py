@@ -1,8 +1,8 @@
-"""kill -9 at random moments of a checkpoint writer: `python -m tests.checkpoint.killing ours|naive KILLS SEED DIR`.
+"""kill -9 at random moments of a checkpoint writer: `python -m tests.checkpoint.killing SEED DIR KIND KILLS ...`.
 
 A child is forked from a warmed-up process, saves step after step and reports each durable one over a pipe; the parent
 kills it and looks at what is on disk. Every number of a checkpoint is its step, so half of one and half of another
-show. Prints a JSON tally. `naive` is a writer as tutorials have it: the harness must see it fail.
+show. Prints a JSON tally by kind: `ours`, and `naive`, a writer as tutorials have it: the harness must see it fail.
 """
 
 import json
@@ -128,4 +128,9 @@ def check(kind: str, durable: int, tally: dict[str, int]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))
+    seed, folder, *asked = sys.argv[1:]
+    tallies = {
+        kind: main(kind, int(kills), int(seed), f"{folder}/{kind}")
+        for kind, kills in zip(asked[::2], asked[1::2], strict=True)
+    }
+    print(json.dumps(tallies))

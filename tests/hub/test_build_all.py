@@ -68,7 +68,7 @@ def built(home: Path, hub: LoopbackHub) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "niels_gpt.cache.cli", *BUILD_ALL],
         cwd=home,
-        env={**inherited, **hugging_face, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**inherited, **hugging_face, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=240,

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from niels_gpt.config import NEW, V1, V2, Architecture
-from niels_gpt.generate import Memory, Sampling, Step, min_p_filter, stream_steps
-from niels_gpt.infer.kv_cache import generate_ids_cached
+from niels_gpt.generate import Memory, Sampling, Step, stream_steps
 from niels_gpt.infer.sampling import shape
 from niels_gpt.model.gpt import GPT
 from tests.varied import random_ids, varied_model
@@ -26,35 +25,6 @@ def steps_of(model: GPT, prompt: list[int], n: int = 8, sampling: Sampling = GRE
 
 def ids_of(*args: Any, **options: Any) -> list[int]:
     return [step.token_id for step in steps_of(*args, **options)]
-
-
-class TestMinP:
-    def test_it_keeps_what_has_the_share_of_the_best(self) -> None:
-        probs = torch.tensor([0.5, 0.26, 0.14, 0.1])
-        for p, kept in [(0.5, 2), (0.2, 4), (0.25, 3), (1.0, 1)]:
-            assert int(min_p_filter(probs.log(), p).isfinite().sum()) == kept
-        assert torch.equal(min_p_filter(probs.log(), 0.0), probs.log())
-
-    def test_equals_of_the_best_stay(self) -> None:
-        assert int(min_p_filter(torch.zeros(5), 1.0).isfinite().sum()) == 5
-
-    def test_it_counts_after_the_temperature(self) -> None:
-        logits = torch.tensor([0.0, -2.0])
-        assert int(shape(logits, Sampling(1.0, min_p=0.3)).isfinite().sum()) == 1
-        assert int(shape(logits, Sampling(2.0, min_p=0.3)).isfinite().sum()) == 2  # e^-1 > 0.3
-
-    def test_it_reaches_the_cached_generator(self) -> None:
-        model = varied_model()
-        greedy = generate_ids_cached(model, [5], max_new_tokens=9, eot_token_id=None, temperature=0)["ids"]
-        options = {"max_new_tokens": 9, "eot_token_id": None, "temperature": 3.0}
-        strict = generate_ids_cached(model, [5], min_p=1.0, generator=torch.Generator().manual_seed(1), **options)
-        loose = generate_ids_cached(model, [5], generator=torch.Generator().manual_seed(1), **options)
-        assert strict["ids"] == greedy != loose["ids"]
-
-    @pytest.mark.parametrize("bad", [-0.1, 1.1, math.nan])
-    def test_senseless_values_are_refused(self, bad: float) -> None:
-        with pytest.raises(ValueError, match="min_p"):
-            Sampling(1.0, min_p=bad)
 
 
 class TestSampledAlternatives:
@@ -162,3 +132,47 @@ class TestRolling:
         sliding = ids_of(model, prompt, 40, rolling="slide")
         assert sliding == ids_of(model, prompt, 40, use_cache=False)
         assert sliding[:13] == ids_of(model, prompt, 40)[:13] and sliding != ids_of(model, prompt, 40)
+
+
+class TestFullContext:
+    @staticmethod
+    def rolling_oracle(model: GPT, ids: list[int], n: int) -> list[int]:
+        """Greedy full forward passes over a window that falls back to its last half when it is full."""
+        T, start, new = model.cfg.T, max(0, len(ids) - model.cfg.T), list[int]()
+        for _ in range(n):
+            everything = ids + new
+            if len(everything) - start > T:
+                start = len(everything) - T // 2
+            with torch.no_grad():
+                new.append(int(model(torch.tensor([everything[start:]]))[0, -1].argmax()))
+        return new
+
+    @pytest.mark.parametrize("prompt_length", [1, 31, 32, 33, 80])
+    def test_the_cached_stream_rolls_on(self, prompt_length: int) -> None:
+        model, prompt = varied_model(), random_ids(prompt_length, 61)
+        ids = ids_of(model, prompt, 70)
+        assert ids == self.rolling_oracle(model, prompt, 70)
+        assert len(set(ids)) >= 6
+
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_a_context_of_one_token_works(self, use_cache: bool) -> None:
+        model = varied_model(T=1)
+        ids = [5]
+        for _ in range(6):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids[-1:]]))[0, -1].argmax()))
+        assert ids_of(model, [5], 6, use_cache=use_cache) == ids[1:]
+
+    def test_the_uncached_stream_keeps_the_last_T(self) -> None:
+        model, ids = varied_model(), random_ids(30, 61)
+        new = ids_of(model, ids, 20, use_cache=False)
+        for token_id in new:
+            with torch.no_grad():
+                assert token_id == int(model(torch.tensor([ids[-32:]]))[0, -1].argmax())
+            ids = [*ids, token_id]
+
+    def test_traced_rows_go_on_after_rolling(self) -> None:
+        steps = list(stream_steps(varied_model(), [1] * 30, max_new_tokens=20, sampling=GREEDY, trace_layer=0))
+        lengths = [step.attn_row.shape[1] for step in steps if step.attn_row is not None]
+        assert lengths == [30, 31, 32, *range(16, 33)]
+        assert all(abs(float(step.attn_row.sum(-1).mean()) - 1) < 1e-5 for step in steps if step.attn_row is not None)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from niels_gpt.cli import main
+from niels_gpt.plan import running
 from niels_gpt.plan.candidates import Question, candidate_of
 from niels_gpt.plan.law import Scale, shipped_law
 from niels_gpt.plan.planning import Plan
@@ -24,7 +28,7 @@ from niels_gpt.settings import validate_overrides
 from niels_gpt.train.prepare import set_other_runs_aside
 from tests.plan.samples import TEXT, Source, costs, machine
 from tests.plan.test_text import on_primer
-from tests.test_quickstart import ENVIRONMENT, niels
+from tests.train import workshop
 
 SECONDS = {"start": 8.0, "tokenizer": 0.5, "caches": 1.5, "pretrain": 2.5, "sft": 2.5, "evaluation": 1.0}
 
@@ -50,7 +54,18 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def done(record: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("planned")
     (folder / "plan.json").write_text(json.dumps(record))
-    return folder, niels("train", "--plan", "plan.json", "--device", "cpu", cwd=folder).stdout
+    return folder, carried_out(folder)
+
+
+def carried_out(folder: Path) -> str:
+    """What `niels-gpt train --plan plan.json` says in a folder, by a process that has just started."""
+    said, began = io.StringIO(), time.time() - SECONDS["start"]
+    started = SimpleNamespace(Process=lambda: SimpleNamespace(create_time=lambda: began))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(running, "psutil", started)
+        patch.chdir(folder)
+        assert main(["train", "--plan", "plan.json", "--device", "cpu"]) == 0
+    return said.getvalue()
 
 
 def test_it_makes_everything_and_compares(done: tuple[Path, str], record: dict[str, Any]) -> None:
@@ -72,14 +87,16 @@ def test_it_makes_everything_and_compares(done: tuple[Path, str], record: dict[s
 def test_one_that_is_stopped_goes_on(record: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(record))
     command = [sys.executable, "-u", "-m", "niels_gpt.cli", "train", "--plan", "plan.json"]
-    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=workshop.environment(), stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if "[pretrain] step 2 " in line:
                 process.send_signal(signal.SIGTERM)  # which a shell never has ignored
         assert process.wait() == 128 + signal.SIGTERM
     assert len(list(tmp_path.glob(f"runs/*/{KEPT}"))) == 1  # the plan is with what there is of its run
-    out = niels("train", "--plan", "plan.json", cwd=tmp_path).stdout
+    out = carried_out(tmp_path)
     assert "reused here/tokenizer/spm.model" in out and "2 of 2 caches reused" in out and "moved to" not in out
     assert "resumed from" in out and "planned and actual" in out
     assert (tmp_path / "checkpoints/sft/best.pt").is_file()

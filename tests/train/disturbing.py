@@ -1,13 +1,14 @@
-"""Training killed (`python -m tests.train.disturbing kill KILLS SEED DIR [compile]`) or signalled (`signal DIR [few]`).
+"""Training killed and signalled: `python -m tests.train.disturbing DIR [--kills N --seed S] [--signals few|all]`.
 
 Children are forked from a process in which everything is imported and has run once, so that an instant drawn at random
 falls into training and not into imports. Each trains a pipeline of both phases in a folder of its own; killed, it is
 started again there until it ends, and must then have logged the losses and made the weights of a run that nothing
-disturbed. DIR must hold config.json and pipeline.json (see test_resume). Prints a JSON tally.
+disturbed. DIR must hold config.json and pipeline.json (see test_resume). Prints what came of it as JSON.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import mmap
 import os
@@ -19,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,18 +152,26 @@ def unloadable(folder: Path) -> int:
     return count
 
 
-def kill(kills: int, seed: int, folder: Path, *, compiled: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Scene:
+    """A folder, the work to disturb in it, and what comes of the work undisturbed, in how many seconds."""
+
+    folder: Path
+    work: Callable[[], Any]
+    straight: dict[str, Any]
+    seconds: float
+
+
+def kill(scene: Scene, kills: int, seed: int) -> dict[str, Any]:
     draw = random.Random(seed)
-    work = prepared(folder, compiled=compiled)
-    straight, duration = undisturbed(folder, work)
     names = ("kills", "runs", "most_in_a_run", "lost", "unloadable", "different", "failed")
     tally: dict[str, Any] = {**dict.fromkeys(names, 0), "where": dict.fromkeys(PLACES, 0)}
     while tally["kills"] < kills:
-        here, in_this_run, durable = folder / f"run{tally['runs']}", 0, dict.fromkeys(PHASES, 0)
+        here, in_this_run, durable = scene.folder / f"run{tally['runs']}", 0, dict.fromkeys(PHASES, 0)
         while True:
-            child = Child(here, work)
+            child = Child(here, scene.work)
             # At most half a run: a few kills each. The last run of all may end in peace.
-            code = child.end(draw.uniform(0, 0.5 * duration) if tally["kills"] < kills else None)
+            code = child.end(draw.uniform(0, 0.5 * scene.seconds) if tally["kills"] < kills else None)
             durable |= child.acknowledged()
             if code is not None:
                 break
@@ -172,9 +182,9 @@ def kill(kills: int, seed: int, folder: Path, *, compiled: bool) -> dict[str, An
             tally["lost"] += any(newest(here, phase) < step for phase, step in durable.items())
         tally["runs"] += 1
         tally["failed"] += code != 0
-        tally["different"] += code == 0 and result_of(here) != straight
+        tally["different"] += code == 0 and result_of(here) != scene.straight
         tally["most_in_a_run"] = max(tally["most_in_a_run"], in_this_run)
-        os.chdir(folder)
+        os.chdir(scene.folder)
         if code == 0:
             shutil.rmtree(here)
     return tally
@@ -199,22 +209,21 @@ def prepared(folder: Path, *, compiled: bool = False) -> Callable[[], Any]:
     return lambda: run_pipeline(folder / "pipeline.json", device="cpu")
 
 
-def undisturbed(folder: Path, work: Callable[[], Any]) -> tuple[dict[str, Any], float]:
+def undisturbed(folder: Path, work: Callable[[], Any]) -> Scene:
     began = time.monotonic()
     code = Child(folder / "straight", work).end()
-    duration = time.monotonic() - began
+    seconds = time.monotonic() - began
     assert code == 0, (folder / "straight/output.txt").read_text()
-    return result_of(folder / "straight"), duration
+    return Scene(folder, work, result_of(folder / "straight"), seconds)
 
 
 ONCE = (("data", 1), ("evaluation", 1), ("step", 1), ("step", 9), ("evaluation", 4), ("save", 3))
 TWICE = (("save", 3), ("step", 9), ("evaluation", 4))
 
 
-def signalled(folder: Path, *, few: bool) -> dict[str, Any]:
+def signalled(scene: Scene, *, few: bool) -> dict[str, Any]:
     """Each signal at each place; then a second one during native code that takes long. few: the first of each kind."""
-    work = prepared(folder)
-    straight, _ = undisturbed(folder, work)
+    folder, work, straight = scene.folder, scene.work, scene.straight
     found: dict[str, Any] = {}
     for number, (place, nth) in enumerate(ONCE[:2] if few else ONCE):
         signum = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[number % 3]
@@ -268,11 +277,26 @@ def one_signal(
     return code, lines[-1] if lines else ""
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signals", choices=("few", "all"))
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    kind, *arguments = sys.argv[1:]
-    if kind == "signal":
-        print(json.dumps(signalled(Path(arguments[0]).resolve(), few="few" in arguments[1:])))
-    else:
-        kills, seed, where = int(arguments[0]), int(arguments[1]), Path(arguments[2]).resolve()
-        print(json.dumps(kill(kills, seed, where, compiled="compile" in arguments[3:])))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell or nohup ignores would stay ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    folder = args.folder.resolve()
+    scene = undisturbed(folder, prepared(folder, compiled=args.compile))
+    found: dict[str, Any] = {}
+    if args.kills:
+        found["kills"] = kill(scene, args.kills, args.seed)
+    if args.signals:
+        found["signals"] = signalled(scene, few=args.signals == "few")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

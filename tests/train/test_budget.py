@@ -14,10 +14,11 @@ import pytest
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.eval import EvalResult
-from niels_gpt.settings import PhaseSettings
+from niels_gpt.settings import PhaseSettings, default_settings
 from niels_gpt.train import budget as budget_module
 from niels_gpt.train import loop as loop_module
 from niels_gpt.train.budget import Budget
+from niels_gpt.train.distributed import World
 from niels_gpt.train.loop import Loop
 from niels_gpt.train.run import main, minutes, moment
 from niels_gpt.train.start import TimeLimit
@@ -182,6 +183,20 @@ def test_a_deadline_counts_time_asleep(clock: Clock) -> None:
     clock.now += 60
     budget._started += 60
     assert budget.elapsed == 0 and budget.progress(0) == pytest.approx(0.5, abs=0.01)
+
+
+def test_all_go_by_the_main_clock() -> None:
+    """Under a time budget a process takes progress and learning rate from process 0, until they agree again."""
+
+    class Other(World):
+        def from_main(self, make: Any) -> Any:
+            return (30.0, 10.0, 5.0)  # seconds left, reserve, seconds of an evaluation
+
+    budget = Budget(default_settings().training.pretrain.model_copy(update={"minutes": 1.0}))
+    assert budget.progress(0) < 0.1
+    budget.agree(Other(rank=1, size=2))
+    assert budget.progress(0) == pytest.approx(30 / 50) and budget.reserve == 10
+    assert budget.has_room_for_evaluation() and budget.remaining_seconds(0, 1.0) == 30
 
 
 def test_flags() -> None:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def losses(folder: Path) -> dict[int, float]:
-    found = {n: float.fromhex(x) for n, x in workshop.steps_logged(folder, "pretrain").items()}
+    found = {n: float.fromhex(x) for n, x in workshop.steps_logged(folder).items()}
     shutil.rmtree(folder / "runs")
     shutil.rmtree(folder / "checkpoints")
     return found

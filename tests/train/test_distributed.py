@@ -18,13 +18,10 @@ import pytest
 import torch
 
 from niels_gpt.checkpoint import load_checkpoint
-from niels_gpt.settings import default_settings
 from niels_gpt.tokenizer import SentencePieceTokenizer
 from niels_gpt.train import distributed
-from niels_gpt.train.budget import Budget
 from niels_gpt.train.distributed import World, joined
 from niels_gpt.train.loop import Loop
-from niels_gpt.train.microbatches import Microbatches
 from niels_gpt.train.pretrain import pretrain_job, run_pretrain
 from niels_gpt.train.report import reporter_for
 from niels_gpt.train.start import start_phase
@@ -93,7 +90,7 @@ def latest(folder: Path) -> Path:
 
 def same(a: Path, b: Path) -> None:
     """Both runs have the same losses and the same weights, moments and best loss, to the bit."""
-    assert workshop.steps_logged(a, "pretrain") == workshop.steps_logged(b, "pretrain")
+    assert workshop.steps_logged(a) == workshop.steps_logged(b)
     assert workshop.weights_sha(latest(a)) == workshop.weights_sha(latest(b))
     best = [load_checkpoint(latest(folder), device="cpu")["best_val_loss"] for folder in (a, b)]
     assert best[0] == best[1] is not None
@@ -239,7 +236,7 @@ class Job:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.began_at = max(workshop.steps_logged(folder, "pretrain"), default=0)
+        self.began_at = max(workshop.steps_logged(folder), default=0)
         self.errors = folder / "stderr.txt"
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
@@ -253,7 +250,7 @@ class Job:
     def ranks(self, after: int) -> list[psutil.Process]:
         """Processes 0 and 1, as soon as the run is `after` steps beyond where this job found it."""
         deadline = time.monotonic() + 120
-        while max(workshop.steps_logged(self.folder, "pretrain"), default=0) < self.began_at + after:
+        while max(workshop.steps_logged(self.folder), default=0) < self.began_at + after:
             assert self.process.poll() is None, f"ended by itself: {self.errors.read_text()[-2000:]}"
             assert time.monotonic() < deadline, f"{after} steps were not reached: {self.errors.read_text()[-2000:]}"
             time.sleep(0.01)
@@ -304,32 +301,6 @@ def test_one_ends_all(
     same(tmp_path / "straight", folder)
 
 
-@pytest.mark.parametrize(
-    ("size", "count", "world", "expected"),
-    [
-        (4, 2, 2, (4, 2)),  # as it is cut
-        (4, 6, 3, (4, 6)),
-        (16, 1, 2, (8, 2)),  # too few microbatches
-        (16, 3, 2, (12, 4)),
-        (9, 1, 3, (3, 3)),
-        (1, 6, 6, (1, 6)),
-    ],
-)
-def test_a_step_is_shared_out(size: int, count: int, world: int, expected: tuple[int, int]) -> None:
-    """Every row of every step is computed once, under the number it has in one process."""
-    shared = [Microbatches(size, count).shared_out(rank, world) for rank in range(world)]
-    assert {(cut.size, cut.count) for cut in shared} == {expected}
-    numbered = [piece for cut in shared for piece in cut.of_step(3)]
-    assert [number for number, _ in numbered] == list(range(expected[1]))
-    rows = [row for cut in shared for _, first in cut.of_step(3) for row in range(first, first + cut.size)]
-    assert rows == list(range(3 * size * count, 4 * size * count))
-
-
-def test_a_step_that_cannot_be_shared_lists_what_fits() -> None:
-    with pytest.raises(ValueError, match=r"a step of 8 rows .* 3 processes; start 1, 2, 4, 8 of them"):
-        Microbatches(4, 2).shared_out(0, 3)
-
-
 def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where PyTorch is built without torch.distributed."""
     monkeypatch.setattr(distributed, "dist", None)
@@ -358,17 +329,3 @@ def test_what_cannot_be_shared_is_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=message), joined(device):
         raise AssertionError("joined")
-
-
-def test_all_go_by_the_main_clock() -> None:
-    """Under a time budget a process takes progress and learning rate from process 0, until they agree again."""
-
-    class Other(World):
-        def from_main(self, make: Any) -> Any:
-            return (30.0, 10.0, 5.0)  # seconds left, reserve, seconds of an evaluation
-
-    budget = Budget(default_settings().training.pretrain.model_copy(update={"minutes": 1.0}))
-    assert budget.progress(0) < 0.1
-    budget.agree(Other(rank=1, size=2))
-    assert budget.progress(0) == pytest.approx(30 / 50) and budget.reserve == 10
-    assert budget.has_room_for_evaluation() and budget.remaining_seconds(0, 1.0) == 30

@@ -13,7 +13,7 @@ import pytest
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.run import main
-from tests.checkpoint.failing import FailingCall
+from tests.checkpoint.failing import FailingCall, newly_written
 from tests.train import workshop
 
 
@@ -44,10 +44,8 @@ def test_any_file_operation_may_fail_in_a_periodic_save(
             assert f"warning: step {loop.state.step}: not saved: " in said and "trying again at the next save" in said
             assert ("disk is full" in said) == (number == errno.ENOSPC)
             assert (loop.state.best_val_loss, loop.state.best_step) == (2.0, 1)
-        found = {(s.st_ino, s.st_mtime_ns, s.st_size): p for p in root.rglob("*.pt") if (s := p.stat())}
-        for file in found.keys() - sound:
-            assert ckpt.load_checkpoint(found[file], device="cpu")["step"] >= 1
-        sound = set(found)
+        for path in newly_written(root, sound):
+            assert ckpt.load_checkpoint(path, device="cpu")["step"] >= 1
         assert ckpt.newest_good("pretrain") is not None and not list(root.rglob("*.tmp"))
         if failing.count < n:
             break

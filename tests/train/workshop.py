@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,7 @@ def overrides(folder: Path, tokenizer: SentencePieceTokenizer, *, steps: int = 1
         "min_lr": 0.001,
         "amp": False,
         "optimizer": "muon",
+        "tensorboard": False,  # loading its library takes as long as training here
         **phase,
     }
     return {
@@ -65,10 +67,15 @@ def overrides(folder: Path, tokenizer: SentencePieceTokenizer, *, steps: int = 1
 
 
 def build_caches(folder: Path, tokenizer: SentencePieceTokenizer) -> None:
-    settings = validate_overrides(overrides(folder, tokenizer))
-    caches = settings.data.caches
-    build_pretrain(settings, tokenizer, "primer", root=caches.pretrain_token_cache, seed=1)
-    build_sft(settings, tokenizer, "primer", root=caches.sft_token_cache, seed=1, val_frac=0.1, t_max=T + 1)
+    """The caches of `overrides`: built once beside the tokenizer, and copied from there."""
+    assert tokenizer.model_path is not None
+    made = tokenizer.model_path.with_name("workshop")
+    if not made.is_dir():
+        settings = validate_overrides(overrides(made, tokenizer))
+        caches = settings.data.caches
+        build_pretrain(settings, tokenizer, "primer", root=caches.pretrain_token_cache, seed=1)
+        build_sft(settings, tokenizer, "primer", root=caches.sft_token_cache, seed=1, val_frac=0.1, t_max=T + 1)
+    shutil.copytree(made / "cache", folder / "cache")
 
 
 def make_loop(config: dict[str, Any], phase: str = "pretrain", *, resume: bool = False, **changes: Any) -> Loop:
@@ -89,7 +96,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def run(folder: Path, *arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -101,7 +108,7 @@ def run(folder: Path, *arguments: str | Path, expect: int = 0) -> subprocess.Com
     return done
 
 
-def steps_logged(folder: Path, phase: str) -> dict[int, str]:
+def steps_logged(folder: Path, phase: str = "pretrain") -> dict[int, str]:
     """step -> exact loss, over all metrics files of a phase in the folder."""
     found: dict[int, str] = {}
     for path in sorted(folder.glob("runs/*/metrics.jsonl"), key=lambda p: p.stat().st_mtime_ns):
