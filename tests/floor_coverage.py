@@ -1,7 +1,7 @@
 """Lines and branches that the tests reach on each floor of the package: python -m tests.floor_coverage
 
-Reads what `coverage run -m pytest` and `coverage combine` left behind (`make coverage` does all three). The exit code is
-1 if less than 90 % of the lines of floors 0 to 4 are reached; floor 5 holds the programs.
+Reads what `coverage run -m pytest` and `coverage combine` left behind (`make coverage` does all three). The exit code
+is 1 if less than 90 % of the lines of floors 0 to 4 are reached; floor 5 holds the programs.
 """
 
 import json
