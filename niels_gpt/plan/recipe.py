@@ -17,11 +17,12 @@ import torch
 from niels_gpt import paths
 from niels_gpt.config import ModelConfig
 from niels_gpt.model.gpt import GPT
-from niels_gpt.settings import PHASES, ModelSettings, load_overrides, model_config_of, validate_overrides
+from niels_gpt.settings import DATA_SEEDS, PHASES, ModelSettings, load_overrides, model_config_of, validate_overrides
 from niels_gpt.train.mfu import training_flops
 
 CONFIG = "configs/quickstart.json"
 SFT_SHARE = 0.6  # of the training budget; tuned in docs/log.md
+SHARES = {"pretrain": 1 - SFT_SHARE, "sft": SFT_SHARE}
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,9 @@ def with_steps(overrides: Mapping[str, Any], tokens: float) -> dict[str, Any]:
     """The recipe with a number of tokens instead of a time budget; each phase ends its schedule after its share."""
     settings = validate_overrides(overrides)
     training = {**overrides["training"]}
-    for phase, share in (("pretrain", 1 - SFT_SHARE), ("sft", SFT_SHARE)):
+    for phase, share in SHARES.items():
         options = getattr(settings.training, phase)
-        rows = options.micro_B * options.accum_steps
-        steps = max(1, round(tokens * share / (rows * settings.model.T)))
+        steps = max(1, round(tokens * share / (options.rows * settings.model.T)))
         warmup = round(steps * options.warmup_steps / options.total_steps)
         training[phase] = {**training[phase], "minutes": None, "total_steps": steps, "warmup_steps": warmup}
     return {**overrides, "training": training}
@@ -110,7 +110,7 @@ def with_steps(overrides: Mapping[str, Any], tokens: float) -> dict[str, Any]:
 def with_minutes(overrides: Mapping[str, Any], minutes: float) -> dict[str, Any]:
     """The recipe on a time budget, of which fine-tuning has its share."""
     training = {**overrides["training"]}
-    for phase, share in (("pretrain", 1 - SFT_SHARE), ("sft", SFT_SHARE)):
+    for phase, share in SHARES.items():
         training[phase] = {**training[phase], "minutes": minutes * share}
     return {**overrides, "training": training}
 
@@ -121,8 +121,8 @@ def seeded(overrides: Mapping[str, Any], seed: int) -> dict[str, Any]:
     for phase in PHASES:
         training[phase] = {**training[phase], "seed": seed}
     data = {**overrides["data"]}
-    for source, key in (("chitchat", "split_seed"), ("primer", "seed")):
-        data[source] = {**data.get(source, {}), key: seed}
+    for section, key in DATA_SEEDS:
+        data[section] = {**data.get(section, {}), key: seed}
     return {**overrides, "training": training, "data": data}
 
 

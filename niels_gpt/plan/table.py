@@ -7,6 +7,7 @@ from rich.table import Table
 
 from niels_gpt.plan.candidates import Candidate
 from niels_gpt.plan.planning import Plan
+from niels_gpt.train.report import duration
 
 WIDTH = 132  # columns that the table needs; a narrower terminal wraps its lines and cuts nothing
 
@@ -83,8 +84,4 @@ def remarks(plan: Plan) -> list[str]:
 
 def clock(seconds: float) -> str:
     """`1:02:05`, `3:07`, `42 s`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{seconds:.0f} s" if seconds < 60 else duration(seconds)
