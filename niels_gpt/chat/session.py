@@ -61,9 +61,11 @@ class Session:
             self.view.print(f"{f'{name} {argument}'.rstrip():<18} {meaning}")
 
     def leave(self, _: str) -> None:
+        """End the chat after this command."""
         self.done = True
 
     def reset(self, _: str) -> None:
+        """Forget the conversation, but for the system prompt."""
         self.conversation.reset()
 
     def system(self, text: str) -> None:
@@ -111,11 +113,13 @@ class Session:
         self.view.speak(self.conversation, self.conversation.again())
 
     def temp(self, text: str) -> None:
+        """Show or set the temperature."""
         if text:
             self._sample(replace(self._sampling, temperature=_number(text, float)))
         self.view.print(f"[temperature: {self._sampling.temperature:g}]")
 
     def topk(self, text: str) -> None:
+        """Show or set from how many of the likeliest tokens a reply is drawn; 0 is all."""
         if text:
             self._sample(replace(self._sampling, top_k=_number(text, int)))
         self.view.print(f"[top-k: {self._sampling.top_k or 'off'}]")
