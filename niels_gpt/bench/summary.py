@@ -91,7 +91,7 @@ def prediction(configuration: Configuration) -> Prediction:
     """Validation bits per byte after a night, if the text does not run out."""
     model, tokens = configuration.best["model"], configuration.tokens
     size = Size(configuration.best["params"], model["V"] * model["C"], flops=math.nan)
-    return shipped_law().predict(size, tokens, unique=tokens, dropout=model["dropout"])
+    return shipped_law().predict(size, tokens, unique=tokens)
 
 
 def cells(rank: int, configuration: Configuration, most: float) -> list[str]:

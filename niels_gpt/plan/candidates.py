@@ -35,7 +35,6 @@ class Candidate:
 
     shape: Shape
     size: Size
-    dropout: float
     micro_B: int
     accum_steps: int
     sft_micro_B: int
@@ -86,7 +85,7 @@ def shapes(settings: Settings) -> list[Shape]:
 
 def candidates(question: Question, costs: Costs) -> list[Candidate]:
     """The best run of every size that fits, best first; ValueError if none does."""
-    found = [best for shape in shapes(question.settings) if (best := _best(question, costs, shape)) is not None]
+    found = [one for shape in shapes(question.settings) if (one := candidate_of(question, costs, shape)) is not None]
     if not found:
         machine = question.machine
         raise ValueError(
@@ -96,18 +95,12 @@ def candidates(question: Question, costs: Costs) -> list[Candidate]:
     return sorted(found, key=lambda c: (c.prediction.bpb, c.size.parameters))
 
 
-def _best(question: Question, costs: Costs, shape: Shape) -> Candidate | None:
-    """The run of a size that is predicted to end best, among dropouts; None if it does not fit."""
-    found = [candidate_of(question, costs, shape, dropout) for dropout in question.settings.plan.dropouts]
-    return min((c for c in found if c is not None), key=lambda c: (c.prediction.bpb, c.dropout), default=None)
-
-
-def candidate_of(question: Question, costs: Costs, shape: Shape, dropout: float) -> Candidate | None:
-    """One size and dropout with all the time there is, or less if that is predicted to end better; None if too large.
+def candidate_of(question: Question, costs: Costs, shape: Shape) -> Candidate | None:
+    """One size with all the time there is, or less if that is predicted to end better; None if too large.
 
     ValueError if the time is over before training begins.
     """
-    cut = _that_fits(question, costs, shape, dropout)
+    cut = _that_fits(question, costs, shape)
     if cut is None:
         return None
     overrides, settings = cut
@@ -117,7 +110,7 @@ def candidate_of(question: Question, costs: Costs, shape: Shape, dropout: float)
     evaluation = min(pace.evaluation_s(val_tokens), EVALUATION_SHARE * (3600 * question.hours))
     training = _training_s(question, evaluation)
     most = sum(pace.tokens({phase: training * share for phase, share in SHARES.items()}).values())
-    tokens = best_tokens(question.law, size, most, unique=text.unique_tokens, dropout=dropout)
+    tokens = best_tokens(question.law, size, most, unique=text.unique_tokens)
     seconds = {phase: training * share * tokens / most for phase, share in SHARES.items()}
     steps = {phase: max(1, round(n / step_tokens(settings, phase))) for phase, n in pace.tokens(seconds).items()}
     overrides = _scheduled(overrides, steps, seconds)
@@ -131,7 +124,6 @@ def candidate_of(question: Question, costs: Costs, shape: Shape, dropout: float)
     return Candidate(
         shape=shape,
         size=size,
-        dropout=dropout,
         micro_B=pretrain.micro_B,
         accum_steps=pretrain.accum_steps,
         sft_micro_B=sft.micro_B,
@@ -144,7 +136,7 @@ def candidate_of(question: Question, costs: Costs, shape: Shape, dropout: float)
         steps=steps,
         tokens_per_s=pace.rate,
         measured=any(m.name == shape.name for m in costs.measured),
-        prediction=_prediction(question, size, tokens, dropout),
+        prediction=_prediction(question, size, tokens),
         peak_bytes=peak_bytes(question, costs, settings),
         disk_bytes=disk,
         seconds={**before, **seconds, "evaluation": evaluation},
@@ -194,22 +186,20 @@ def peak_bytes(question: Question, costs: Costs, settings: Settings) -> float:
     return training + question.text.left_bytes if question.machine.device == "cpu" else training
 
 
-def _prediction(question: Question, size: Size, tokens: float, dropout: float) -> Prediction:
+def _prediction(question: Question, size: Size, tokens: float) -> Prediction:
     """With the band of the curve, at the fewest and the most tokens that the time may come to."""
     said, fewest, most = (
-        question.law.predict(
-            size, tokens * factor, unique=question.text.unique_tokens, dropout=dropout, scale=question.scale
-        )
+        question.law.predict(size, tokens * factor, unique=question.text.unique_tokens, scale=question.scale)
         for factor in (1.0, 1 - SPEED_ERROR, 1 + SPEED_ERROR)
     )
     return Prediction(said.bpb, min(said.low, fewest.low, most.low), max(said.high, fewest.high, most.high))
 
 
-def best_tokens(law: Law, size: Size, most: float, *, unique: float, dropout: float) -> float:
+def best_tokens(law: Law, size: Size, most: float, *, unique: float) -> float:
     """How many tokens of at most `most` are predicted to end best: all of them, until reading again does harm."""
 
     def bits(log_tokens: float) -> float:
-        return law.curve(size, math.exp(log_tokens), unique=unique, dropout=dropout)
+        return law.curve(size, math.exp(log_tokens), unique=unique)
 
     low, high = math.log(most * SHORTEST), math.log(most)
     if bits(high) <= bits(high - 1e-3):
@@ -233,11 +223,9 @@ def step_tokens(settings: Settings, phase: str) -> int:
     return options.rows * settings.model.T
 
 
-def _that_fits(
-    question: Question, costs: Costs, shape: Shape, dropout: float
-) -> tuple[dict[str, Any], Settings] | None:
+def _that_fits(question: Question, costs: Costs, shape: Shape) -> tuple[dict[str, Any], Settings] | None:
     """The recipe's batch in the largest microbatches that fit, with all activations kept if possible."""
-    whole = sized(question.overrides, shape, dropout=dropout)
+    whole = sized(question.overrides, shape)
     rows = {p: whole["training"][p]["micro_B"] for p in PHASES}
     for checkpointing in (False, True):
         cut = 1

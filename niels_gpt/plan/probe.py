@@ -89,7 +89,7 @@ def _sft_speed(
 
 
 def _settings(recipe: Mapping[str, Any], shape: Shape) -> Settings:
-    return validate_overrides(sized(recipe, shape, dropout=recipe["model"]["dropout"]))
+    return validate_overrides(sized(recipe, shape))
 
 
 def _measured(shape: Shape, settings: Settings, result: Result) -> Measured:

@@ -73,7 +73,7 @@ def sized(
     recipe: Mapping[str, Any],
     shape: Shape,
     *,
-    dropout: float,
+    dropout: float | None = None,
     batch: float = 1.0,
     sft_batch: float = 1.0,
     adam: float = 1.0,
@@ -81,8 +81,8 @@ def sized(
 ) -> dict[str, Any]:
     """A recipe (`tuned`, perhaps on other sources) for another shape, as overrides.
 
-    batch, sft_batch: factors on the rows of a step, of both phases and of fine-tuning alone. adam, muon: factors on the
-    learning rates that the recipe would choose.
+    dropout: None for the recipe's. batch, sft_batch: factors on the rows of a step, of both phases and of fine-tuning
+    alone. adam, muon: factors on the learning rates that the recipe would choose.
     """
     factor = adam * min(1.0, recipe["model"]["C"] / shape.width)
     training = {**recipe["training"]}
@@ -92,7 +92,10 @@ def sized(
             given[rate] = _rounded(given[rate] * factor)
         given["muon_lr"] = _rounded(given["muon_lr"] * muon)
         given["micro_B"] = max(1, round(given["micro_B"] * batch * (sft_batch if phase == "sft" else 1.0)))
-    return {**recipe, "model": {**recipe["model"], **shape.settings(), "dropout": dropout}, "training": training}
+    model = {**recipe["model"], **shape.settings()}
+    if dropout is not None:
+        model["dropout"] = dropout
+    return {**recipe, "model": model, "training": training}
 
 
 def with_steps(overrides: Mapping[str, Any], tokens: float) -> dict[str, Any]:

@@ -49,9 +49,8 @@ def _table(plan: Plan, shown: int) -> Table:
 def _cells(c: Candidate) -> tuple[str, ...]:
     p = c.prediction
     batch = f"{c.micro_B}" + (f"x{c.accum_steps}" if c.accum_steps > 1 else "") + ("c" if c.checkpointing else "")
-    drop = f" drop {c.dropout:g}" if c.dropout else ""
     return (
-        c.shape.name + drop,
+        c.shape.name,
         f"{c.size.parameters / 1e6:,.2f} M",
         f"{p.bpb:.3f} ({p.low:.3f}-{p.high:.3f})",
         f"{c.tokens / 1e6:,.2f} M",

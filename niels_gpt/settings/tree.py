@@ -224,9 +224,6 @@ class PlanSettings(Section):
     sizes: Annotated[tuple[ModelDims, ...], Strict(False)] = knob(
         PLAN_SIZES, "models a plan chooses from", min_length=1
     )
-    dropouts: Annotated[tuple[float, ...], Strict(False)] = knob(
-        (0.0,), "dropout probabilities a plan chooses from", min_length=1
-    )
     probe_s: float = knob(60.0, "longest measurement before a plan, seconds", gt=0, le=3600)
     shown: int = knob(6, "candidates a plan shows", ge=1, le=100)
 
