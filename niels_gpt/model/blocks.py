@@ -65,6 +65,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class Dropout(nn.Module):
+    """Zeros with probability `rate` while training, the rest over 1 - rate (Srivastava et al. 2014)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        return native.dropout(x, self.rate) if native.usable(x) else F.dropout(x, self.rate)
+
+
 def build_norm(arch: Architecture, dim: int) -> nn.Module:
     """The residual stream's norm for this architecture."""
     return RMSNorm(dim) if arch.norm_type == "rmsnorm" else nn.LayerNorm(dim, eps=NORM_EPS)
@@ -84,7 +97,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(cfg.C, cfg.C, bias=False)
         self.q_norm = RMSNorm(self.D) if arch.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.D) if arch.qk_norm else nn.Identity()
-        self.resid_dropout = nn.Dropout(cfg.dropout)
+        self.resid_dropout = Dropout(cfg.dropout)
         sin, cos = rope_cache(cfg.T, self.D, theta=cfg.rope_theta)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.register_buffer("rope_cos", cos, persistent=False)
@@ -164,7 +177,7 @@ class SwiGLU(nn.Module):
         self.fc_a = nn.Linear(cfg.C, cfg.d_ff, bias=arch.mlp_bias)
         self.fc_g = nn.Linear(cfg.C, cfg.d_ff, bias=arch.mlp_bias)
         self.fc_out = nn.Linear(cfg.d_ff, cfg.C, bias=arch.mlp_bias)
-        self.resid_dropout = nn.Dropout(cfg.dropout)
+        self.resid_dropout = Dropout(cfg.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> the same shape."""
@@ -181,7 +194,7 @@ class GeluMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(cfg.C, cfg.d_ff, bias=arch.mlp_bias)
         self.fc2 = nn.Linear(cfg.d_ff, cfg.C, bias=arch.mlp_bias)
-        self.resid_dropout = nn.Dropout(cfg.dropout)
+        self.resid_dropout = Dropout(cfg.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> the same shape."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from niels_gpt.config import NEW, Architecture, ModelConfig
-from niels_gpt.model.blocks import Block, build_norm
+from niels_gpt.model.blocks import Block, Dropout, build_norm
 from niels_gpt.model.loss import IGNORED, cross_entropy_sum
 
 INIT_STD = 0.02
@@ -65,7 +65,7 @@ class GPT(nn.Module):
         self.activation_checkpointing = False
         self.compiled = False  # the blocks are, for training; evaluation and generation run them as they are
         self.tok_emb = nn.Embedding(cfg.V, cfg.C)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.drop = Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, arch) for _ in range(cfg.L))
         self.ln_f = build_norm(arch, cfg.C)
         self.lm_head = nn.Linear(cfg.C, cfg.V, bias=False)

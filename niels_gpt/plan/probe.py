@@ -20,7 +20,7 @@ WARMUP, STEPS, SLOW_STEPS = 1, 5, 2  # of a trial; the last where a step is slow
 SLOW_S = 1.5
 PATIENCE_S = 60.0  # with the first trial: a plan from a slow one is better than none
 START_S = 6.0  # of a trial's process, until one has been seen
-MOST_TRIALS, FEWEST_TRIALS = 5, 2
+MOST_TRIALS = 5
 Runner = Callable[[Trial, float], Result]
 Say = Callable[[str], None]
 
@@ -35,7 +35,7 @@ def measure(
     say: Say,
     run: Runner = run_trial,
 ) -> Costs:
-    """Speeds and memory of some of the sizes, in about so many seconds.
+    """Speeds and memory of some of the sizes, in at most so many seconds after the first of them.
 
     rank: the sizes in the order of their promise, at what is known. Raises RuntimeError if not one trial succeeds.
     """
@@ -50,12 +50,12 @@ def measure(
         step_s = _expected_step(measured, settings)
         steps = STEPS if step_s < SLOW_S else SLOW_STEPS
         needed = start_s + (WARMUP + steps) * step_s
-        left = stop - time.monotonic()
-        if len(tried) >= FEWEST_TRIALS and needed > left:
+        left = stop - time.monotonic() - (0.0 if device == "cpu" else start_s)  # for the step of fine-tuning
+        if measured and needed > left:
             break
         say(f"measuring {shape.name} ({len(tried) + 1})")
         trial = replace(Trial.of(settings, device=device), steps_warmup=WARMUP, steps_measure=steps)
-        result = run(trial, max(left, 2 * needed) if measured else PATIENCE_S)
+        result = run(trial, left if measured else PATIENCE_S)
         tried.append(shape)
         if result.ok:
             measured.append(_measured(shape, settings, result))
