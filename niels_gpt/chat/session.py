@@ -82,6 +82,8 @@ class Session:
             raise ValueError("there is nothing to save yet: no reply was given")
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file in it, such as {path / fresh.name}")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent}")
         if path.exists() and path != self.file:
             raise ValueError(f"{path} exists and is not of this chat; choose another name")
         write_chat_jsonl(path, [[asdict(message) for message in self.conversation.messages]])
