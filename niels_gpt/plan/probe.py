@@ -89,7 +89,7 @@ def _sft_speed(
 
 
 def _settings(recipe: Mapping[str, Any], shape: Shape) -> Settings:
-    return validate_overrides(sized(recipe, shape, dropout=recipe["model"]["dropout"]))
+    return validate_overrides(sized(recipe, shape))
 
 
 def _measured(shape: Shape, settings: Settings, result: Result) -> Measured:
@@ -107,8 +107,7 @@ def _measured(shape: Shape, settings: Settings, result: Result) -> Measured:
 def _expected_step(measured: Sequence[Measured], settings: Settings) -> float:
     if not measured:
         return 0.5
-    options = settings.training.pretrain
-    tokens = options.micro_B * options.accum_steps * settings.model.T
+    tokens = settings.training.pretrain.rows * settings.model.T
     return tokens * Costs(measured).seconds_per_token(size_of(settings.model))
 
 
@@ -118,9 +117,6 @@ def _next(
     measured: Sequence[Measured],
     rank: Callable[[Costs], Sequence[Shape]],
 ) -> Shape | None:
-    """The most promising size that was not tried; after a failure only smaller ones."""
-    if not measured:
-        left = [s for s in shapes if s not in tried]
-        return left[0] if left else None
-    ranked = [s for s in rank(Costs(measured)) if s not in tried]
-    return ranked[0] if ranked else None
+    """The most promising size that was not tried; as long as none has worked, the smallest."""
+    order = rank(Costs(measured)) if measured else shapes
+    return next((shape for shape in order if shape not in tried), None)

@@ -40,7 +40,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     settings = validate_overrides(overrides)
     text = replace(TEXT, pretrain=(Source("primer", 165_000, 4_100, 1300),), tokenizer_s=0.5, caches_s=1.5)
     question = Question(0.05, settings, overrides, text, machine(), shipped_law(), Scale(1.0, 0.0))
-    chosen = candidate_of(question, costs(), Shape(32, 1, 1, 96), 0.0)
+    chosen = candidate_of(question, costs(), Shape(32, 1, 1, 96))
     assert chosen is not None
     made = Plan(0.05, 42, question.machine, text, [chosen], costs().measured, 1.0, True).record()
     made["chosen"] |= {"seconds": SECONDS, "total_seconds": sum(SECONDS.values()), "evaluated_windows": 4}
