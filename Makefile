@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART_ARGS ?=
 
-.PHONY: help install quickstart test check format soak bench quality docs clean
+.PHONY: help install quickstart test check coverage format soak bench quality docs clean
 
 help:
 	@echo "make quickstart   train a small model offline (5 minutes) and chat with it"
 	@echo "make test         the test suite"
 	@echo "make check        lint, format and types"
+	@echo "make coverage     lines and branches that the tests reach, by floor"
 	@echo "make soak         the long fault tests"
 	@echo "make bench        training and decoding speed beside transformers"
 	@echo "make quality      bits per byte against training time beside transformers (half an hour)"
@@ -35,6 +36,12 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/python tools/audit_config_coverage.py
 	$(BIN)/python -m niels_gpt.settings.doc --check
+
+coverage: install
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2 --dist loadfile
+	$(BIN)/coverage combine -q
+	$(BIN)/python -m tests.floor_coverage
 
 format: install
 	$(BIN)/ruff check --fix .

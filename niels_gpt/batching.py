@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MIX_TOLERANCE = 1e-6
+from niels_gpt.settings.fields import MIX_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Batch:
     segment: Tensor | None = None
 
     def to(self, device: str) -> Batch:
+        """The batch on a device; to a GPU it is copied while the program goes on."""
         if device == "cpu":
             return self
         segment = None if self.segment is None else self.segment.to(device, non_blocking=True)
@@ -40,6 +41,7 @@ class TokenStream:
 
     @property
     def num_tokens(self) -> int:
+        """Of all arrays."""
         return sum(len(a) for a in self.arrays)
 
     def windows(self, T: int) -> list[int]:

@@ -67,6 +67,7 @@ class TokenChat:
         self.text_stops: tuple[str, ...] = ()
 
     def encode_prompt(self, messages: Sequence[AnyMessage], *, context: int, max_new_tokens: int) -> Prompt:
+        """As in `ChatFormat`."""
         records = as_messages(messages)
         turns = [ids for ids, _ in _render_each(self._tokenizer, records)]
         return _fit(records, turns, _reply_start(self._tokenizer), context, max_new_tokens)
@@ -82,6 +83,7 @@ class TextChat:
         self.text_stops = tuple(f"\n{role}: " for role in ("user", "system", "assistant"))
 
     def encode_prompt(self, messages: Sequence[AnyMessage], *, context: int, max_new_tokens: int) -> Prompt:
+        """As in `ChatFormat`; lines of a message that pose as another message are indented."""
         records = [Message(m.role, _without_tags(m.content)) for m in as_messages(messages)]
         if records and records[-1] == Message("assistant", ""):
             records.pop()

@@ -77,6 +77,7 @@ class Precision:
 
     @property
     def name(self) -> str:
+        """fp32, fp16 or bf16."""
         return {None: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
 
     def autocast(self) -> AbstractContextManager[object]:

@@ -30,6 +30,7 @@ class BitsPerByte:
 
     @property
     def value(self) -> float:
+        """nats / (ln 2 * bytes); NaN without text."""
         return self.nats / (math.log(2) * self.text_bytes) if self.text_bytes else math.nan
 
 
@@ -113,7 +114,7 @@ def bits_per_byte(
     max_windows: stop after that many, evenly spread over the stream.
     """
     T = model.cfg.T
-    starts = [(a, i) for a, array in enumerate(stream.arrays) for i in range(0, len(array) - T, T)]
+    starts = window_starts(stream, T)
     if max_windows is not None and len(starts) > max_windows:
         starts = [starts[int(i)] for i in np.linspace(0, len(starts) - 1, max_windows)]
 
@@ -124,6 +125,11 @@ def bits_per_byte(
 
     lengths = token_byte_lengths(tokenizer)
     return evaluate(model, batches(), device=device, precision=precision, byte_lengths=lengths).text
+
+
+def window_starts(stream: TokenStream, T: int) -> list[tuple[int, int]]:
+    """(array, first token) of every window of T+1 tokens that `bits_per_byte` scores: context and stride T."""
+    return [(a, i) for a, array in enumerate(stream.arrays) for i in range(0, len(array) - T, T)]
 
 
 def byte_unigram_bits(train: Iterable[bytes], held_out: Iterable[bytes]) -> float:

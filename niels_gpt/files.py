@@ -26,6 +26,7 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
 
 
 def sha256_bytes(content: bytes) -> str:
+    """Hex digest."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -79,11 +80,13 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
+    """Replace the file at `path`, whole or not at all."""
     with atomic_write(path) as file:
         file.write(content)
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """`write_bytes` in UTF-8, line breaks as they are."""
     write_bytes(path, text.encode("utf-8"))
 
 
@@ -104,13 +107,25 @@ def read_json(path: str | Path) -> Any:
 def read_json_lines(path: str | Path) -> list[Any]:
     """Parse a file of one JSON value a line; ValueError names the file and the line."""
     values = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
                 values.append(json.loads(line))
             except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from None
     return values
+
+
+def whole_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a log, [] if there is none; a line that a power cut left half-written is passed over."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        found += [value] if isinstance(value, dict) else []
+    return found
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -131,20 +131,19 @@ def generate_text(
     _check_device(model, device)
     tokenizer = get_default_tokenizer() if tokenizer is None else tokenizer
     ids, stop, said = tokenizer.encode(prompt_text), StopText(text_stops), ""
-    g = generation
     for step in stream_steps(
         model,
         list(ids),
-        max_new_tokens=g.max_new_tokens,
-        sampling=Sampling(g.temperature, g.top_k, g.top_p, g.repetition_penalty, g.min_p),
+        max_new_tokens=generation.max_new_tokens,
+        sampling=Sampling.of(generation),
         generator=generator,
         stop_ids=() if stop_token_id is None else (stop_token_id,),
         banned_ids=banned_token_ids or (),
         tokenizer=tokenizer if text_stops else None,
         context=cfg.T,
         rolling="slide",
-        weights=g.weights,
-        native=g.native_decoder,
+        weights=generation.weights,
+        native=generation.native_decoder,
     ):
         if step.token_id != stop_token_id:
             ids.append(step.token_id)

@@ -34,8 +34,8 @@ from niels_gpt.data import roam, text
 from niels_gpt.data.notes.report import BYTES_PER_TOKEN, make_report, remarks
 from niels_gpt.data.notes.source import open_notes
 from niels_gpt.data.notes.vault import Vault
-from niels_gpt.settings import Settings, load_overrides, tokenizer_file, validate_overrides
-from niels_gpt.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from niels_gpt.settings import Settings, load_overrides, validate_overrides
+from niels_gpt.tokenizer import Tokenizer, open_tokenizer
 
 SAMPLES = 2
 SAMPLE_CHARACTERS = 600
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     settings = _settings(args)
-    tokenizer = _tokenizer(args, settings, needed=not args.dry_run)
+    tokenizer = _tokenizer(args, settings)
     with _progress("notes") as say:
         vault = open_notes(settings, args.source, say)
     train, val = _SPLITS[args.source](vault, settings)
@@ -95,15 +95,14 @@ def _settings(args: argparse.Namespace) -> Settings:
     return validate_overrides(overrides)
 
 
-def _tokenizer(args: argparse.Namespace, settings: Settings, *, needed: bool) -> Tokenizer | None:
-    """The tokenizer of the settings; None if it is missing and only an estimate depends on it."""
-    chosen = settings.tokenizer
-    if args.tokenizer is None and chosen.type == "byte":
-        return ByteTokenizer()
-    path = Path(args.tokenizer) if args.tokenizer else tokenizer_file(chosen) or Path(chosen.model_path)
-    if not needed and args.tokenizer is None and not path.is_file():
-        return None
-    return load_tokenizer(path, chosen.expected_special_token_ids.model_dump())
+def _tokenizer(args: argparse.Namespace, settings: Settings) -> Tokenizer | None:
+    """The one that was named or that of the settings; None where a dry run, which only estimates with it, lacks it."""
+    try:
+        return open_tokenizer(settings, args.tokenizer)
+    except FileNotFoundError:
+        if args.dry_run and args.tokenizer is None:
+            return None
+        raise
 
 
 def _bytes_per_token(vault: Vault, tokenizer: Tokenizer | None) -> float:
@@ -122,9 +121,8 @@ def _bytes_per_token(vault: Vault, tokenizer: Tokenizer | None) -> float:
 def _build(args: argparse.Namespace, settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
     assert tokenizer is not None, "it is loaded, or missing is an error, unless this is a dry run"
     root = Path(args.cache_dir) / "pretrain" if args.cache_dir else Path(settings.data.caches.pretrain_token_cache)
-    seed = getattr(settings.data, args.source).split_seed
     with _progress("tokenizing"):
-        meta = build_pretrain(settings, tokenizer, args.source, root=root, seed=seed)
+        meta = build_pretrain(settings, tokenizer, args.source, root=root)
     tokens = {split: meta[f"{split}_tokens"] for split in ("train", "val")}
     if not args.json:
         done = "is up to date" if meta.get("reused") else "is built"

@@ -22,7 +22,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al.: slope-max
 NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalize(G: Tensor, *, dtype: torch.dtype = torch.float32, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
+def orthogonalize(G: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Approximate U V^T of each G = U S V^T in a batch (N, rows, cols); singular values end in about [0.7, 1.2]."""
     a, b, c = NEWTON_SCHULZ
     X = G.to(dtype)
@@ -31,9 +31,9 @@ def orthogonalize(G: Tensor, *, dtype: torch.dtype = torch.float32, steps: int =
         X = X.mT
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if _gram_is_cheaper(X):
-        X = _newton_schulz_of_gram(X, steps)
+        X = _newton_schulz_of_gram(X)
     else:
-        for _ in range(steps):
+        for _ in range(NEWTON_SCHULZ_STEPS):
             A = X @ X.mT
             X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if tall else X
@@ -45,7 +45,7 @@ def _gram_is_cheaper(X: Tensor) -> bool:
     return exact and X.shape[-1] >= 2 * X.shape[-2]
 
 
-def _newton_schulz_of_gram(X: Tensor, steps: int) -> Tensor:
+def _newton_schulz_of_gram(X: Tensor) -> Tensor:
     """The same polynomial of wide X, from square products alone: 2/3 of the arithmetic at 1:3.
 
     Each step multiplies X by P = a I + b A + c A^2 with A = X X^T, which becomes P A P; so the P are gathered in Q.
@@ -53,13 +53,14 @@ def _newton_schulz_of_gram(X: Tensor, steps: int) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     A = X @ X.mT
     Q: Tensor | None = None
-    for step in range(steps):
+    for step in range(NEWTON_SCHULZ_STEPS):
         P = torch.baddbmm(A, A, A, beta=b, alpha=c)
         P.diagonal(dim1=-2, dim2=-1).add_(a)
         Q = P if Q is None else P @ Q
-        if step < steps - 1:
+        if step < NEWTON_SCHULZ_STEPS - 1:
             A = P @ A @ P
-    return X if Q is None else Q @ X
+    assert Q is not None
+    return Q @ X
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -98,6 +99,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient; `closure` is not called."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             ortho: dict[nn.Parameter, list[Tensor]] = defaultdict(list)
@@ -132,6 +134,7 @@ class OptimizerGroup:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all optimizers, in their order."""
         return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
     def step(self) -> None:

@@ -22,7 +22,7 @@ from niels_gpt import files, paths
 from niels_gpt.chat import build_options, run_chat, system_prompt
 from niels_gpt.device import get_device
 from niels_gpt.plan.recipe import seeded, tuned, with_minutes
-from niels_gpt.settings import Settings, validate_overrides
+from niels_gpt.settings import PHASES, Settings, validate_overrides
 from niels_gpt.summary import Summary, measure, show
 from niels_gpt.train.loop import Interrupted
 from niels_gpt.train.prepare import compile_kernels, make_caches, make_tokenizer, set_other_runs_aside, step
@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace) -> int:
     plan = make_plan(args.minutes, args.seed)
     console.print(f"niels-gpt quickstart: {args.minutes:g} minutes of training in {Path.cwd()}", markup=False)
     tokenizer = step(console, "1/5 tokenizer", lambda say: make_tokenizer(plan.settings, plan.seed, say))
-    step(console, "2/5 caches", lambda say: make_caches(plan.settings, plan.seed, tokenizer, say))
+    step(console, "2/5 caches", lambda say: make_caches(plan.settings, tokenizer, say))
     compile_kernels(plan.settings, None, console)
     began = time.perf_counter()
     trained = train_both(plan, console)
@@ -102,7 +102,7 @@ def _run(args: argparse.Namespace) -> int:
 def train_both(plan: Plan, console: Console) -> dict[str, dict[str, Any]]:
     """Pretrain, then fine-tune from the best; a finished or interrupted run with the same settings is taken up."""
     set_other_runs_aside(plan.settings, console)
-    budgets = {p: getattr(plan.settings.training, p).minutes for p in ("pretrain", "sft")}
+    budgets = {p: getattr(plan.settings.training, p).minutes for p in PHASES}
     console.print(f"[3/5 pretraining] {budgets['pretrain']:.2f} minutes", markup=False)
     pretrain = run_pretrain(plan.overrides)
     console.print(f"[4/5 fine-tuning] {budgets['sft']:.2f} minutes", markup=False)

@@ -29,6 +29,7 @@ class Recall:
 
     @property
     def share(self) -> float:
+        """Right answers over questions, 0..1; 0 if nothing was asked."""
         return self.right / self.asked if self.asked else 0.0
 
 
@@ -62,7 +63,17 @@ def held_out_questions(path: str | Path) -> dict[str, list[str]]:
 
 
 def measure_recall(loaded: LoadedModel, questions: Questions, *, system: str) -> Recall:
-    """Ask every question at temperature 0, as `chat` would with this system prompt ("" = none)."""
+    """Compare the likeliest reply to every question with its accepted answers; system as in `likeliest_replies`."""
+    wrong = []
+    replies = likeliest_replies(loaded, list(questions), system=system)
+    for (question, accepted), reply in zip(questions.items(), replies, strict=True):
+        if normalized(reply) not in {normalized(answer) for answer in accepted}:
+            wrong.append((question, reply))
+    return Recall(len(questions) - len(wrong), len(questions), tuple(wrong))
+
+
+def likeliest_replies(loaded: LoadedModel, questions: Sequence[str], *, system: str) -> list[str]:
+    """What `chat` would say to each question alone at temperature 0, with this system prompt ("" = none)."""
     chat = loaded.chat_format
     opening = [Message("system", system)] if system else []
     prompts = [
@@ -78,9 +89,4 @@ def measure_recall(loaded: LoadedModel, questions: Questions, *, system: str) ->
         stop_ids=chat.stop_ids,
         banned_ids=chat.banned_ids,
     )
-    wrong = []
-    for (question, accepted), ids in zip(questions.items(), replies, strict=True):
-        reply = loaded.tokenizer.decode(ids)
-        if normalized(reply) not in {normalized(answer) for answer in accepted}:
-            wrong.append((question, reply))
-    return Recall(len(questions) - len(wrong), len(questions), tuple(wrong))
+    return [loaded.tokenizer.decode(ids) for ids in replies]

@@ -18,6 +18,6 @@ def seed_for(run_seed: int, purpose: str, step: int = 0, microbatch: int = 0) ->
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
 
 
-def generator_for(run_seed: int, purpose: str, step: int = 0, microbatch: int = 0) -> torch.Generator:
+def generator_for(run_seed: int, purpose: str, step: int = 0) -> torch.Generator:
     """A CPU generator seeded by `seed_for`."""
-    return torch.Generator().manual_seed(seed_for(run_seed, purpose, step, microbatch))
+    return torch.Generator().manual_seed(seed_for(run_seed, purpose, step))

@@ -20,6 +20,8 @@ _SNIPPET_CHARS = 80
 
 
 class Collision(TypedDict):
+    """A sentinel literal in a text: which, where it starts, and an escaped snippet from there on."""
+
     token: str
     char_offset: int
     byte_offset: int

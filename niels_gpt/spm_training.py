@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import sentencepiece
 
+from niels_gpt.settings import PIECE_IDS
 from niels_gpt.special_tokens import SPECIAL_TOKEN_IDS, SPECIAL_TOKENS
 
 BLANK = "\u2581"  # SentencePiece writes a blank so, and takes a real U+2581 for one
@@ -37,10 +38,10 @@ def train_model(texts: Iterable[str], vocab_size: int, model_type: str) -> bytes
             byte_fallback=True,
             required_chars=BLANK,  # without this piece a blank would decode as U+2581
             control_symbols=[SPECIAL_TOKENS[name] for name in SPECIAL_TOKEN_IDS],
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
+            unk_id=PIECE_IDS["unk_id"],
+            bos_id=PIECE_IDS["bos_id"],
+            eos_id=PIECE_IDS["eos_id"],
+            pad_id=PIECE_IDS["pad_id"],
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,

@@ -20,6 +20,7 @@ from niels_gpt import files, paths
 from niels_gpt.data.notes.secrets import mask
 from niels_gpt.data.primer import split_primer_text
 from niels_gpt.data.registry import get_source
+from niels_gpt.data.text import read_text
 from niels_gpt.settings import NotesSettings, Settings, StreamSource, default_settings
 from niels_gpt.special_tokens import assert_no_special_collision
 from niels_gpt.tokenizer.contract import valid_unicode
@@ -183,7 +184,7 @@ def _roam(cfg: StreamBuildConfig, split: str) -> _Recipe:
     notes = cfg.settings.data.notes
     if notes.secrets != "keep":  # published streams do not have the key, and may hold secrets
         meta["secrets"] = notes.secrets
-    return _Recipe(meta, lambda: _without_secrets(map(_text, chosen), notes), cfg.doc_separator)
+    return _Recipe(meta, lambda: _without_secrets(map(read_text, chosen), notes), cfg.doc_separator)
 
 
 def _without_secrets(texts: Iterable[str], notes: NotesSettings) -> Iterator[str]:
@@ -205,17 +206,12 @@ def _primer(cfg: StreamBuildConfig, split: str) -> _Recipe:
     }
 
     def texts() -> Iterator[str]:
-        parts = split_primer_text(_text(found), delimiter=cfg.delimiter, val_frac=cfg.primer_val_frac, seed=cfg.seed)
+        parts = split_primer_text(
+            read_text(found), delimiter=cfg.delimiter, val_frac=cfg.primer_val_frac, seed=cfg.seed
+        )
         yield parts[SPLITS.index(split)]
 
     return _Recipe(meta, texts, cfg.doc_separator)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8 or move it away") from None
 
 
 # Building

@@ -13,11 +13,9 @@ from niels_gpt import paths
 from niels_gpt.cache.pretrain import open_mix
 from niels_gpt.checkpoint import LoadedModel, load_model, phase_paths
 from niels_gpt.data.registry import get_source
-from niels_gpt.data.types import Message
 from niels_gpt.device import choose_precision
 from niels_gpt.eval import bits_per_byte, byte_unigram_bits
-from niels_gpt.infer.batch import greedy_replies
-from niels_gpt.recall import MAX_REPLY_TOKENS, Recall, held_out_questions, measure_recall, trained_questions
+from niels_gpt.recall import Recall, held_out_questions, likeliest_replies, measure_recall, trained_questions
 from niels_gpt.settings import Settings
 
 SAMPLE_QUESTIONS = ("what is your name?", "what is the capital of france?", "tell me a joke")
@@ -39,6 +37,8 @@ class SourceScore:
 
 @dataclass(frozen=True)
 class Summary:
+    """What a finished quickstart shows."""
+
     parameters: int
     tokens: dict[str, int]  # positions trained on, per phase
     seconds: dict[str, float]
@@ -66,16 +66,15 @@ def measure(
     held_out = measure_recall(loaded, held_out_questions(paths.shipped(HELD_OUT)), system=system)
     say("sample replies")
     options = {phase: getattr(settings.training, phase) for phase in trained}
-    T = settings.model.T
     summary = Summary(
         parameters=loaded.model.num_parameters,
-        tokens={p: r["final_step"] * options[p].micro_B * options[p].accum_steps * T for p, r in trained.items()},
+        tokens={p: r["final_step"] * options[p].rows * settings.model.T for p, r in trained.items()},
         seconds={p: r["seconds"] for p, r in trained.items()},
         scores=scores,
         trained_recall=trained_recall,
         trained_questions=len(questions),
         held_out_recall=held_out,
-        samples=sample_replies(loaded, system),
+        samples=list(zip(SAMPLE_QUESTIONS, likeliest_replies(loaded, SAMPLE_QUESTIONS, system=system), strict=True)),
     )
     say("measured")
     return summary
@@ -110,20 +109,6 @@ def source_scores(loaded: LoadedModel, settings: Settings, share: float = 1.0) -
         )
         scores[name] = SourceScore(before.value, after.value, unigram, after.text_bytes)
     return scores
-
-
-def sample_replies(loaded: LoadedModel, system: str) -> list[tuple[str, str]]:
-    """The likeliest reply to three questions."""
-    opening = [Message("system", system)] if system else []
-    chat, context = loaded.chat_format, loaded.model.cfg.T
-    prompts = [
-        chat.encode_prompt([*opening, Message("user", q)], context=context, max_new_tokens=MAX_REPLY_TOKENS).ids
-        for q in SAMPLE_QUESTIONS
-    ]
-    replies = greedy_replies(
-        loaded.model, prompts, max_new_tokens=MAX_REPLY_TOKENS, stop_ids=chat.stop_ids, banned_ids=chat.banned_ids
-    )
-    return [(q, loaded.tokenizer.decode(ids)) for q, ids in zip(SAMPLE_QUESTIONS, replies, strict=True)]
 
 
 def show(console: Console, summary: Summary, seconds: float) -> None:

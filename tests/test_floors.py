@@ -1,6 +1,7 @@
-"""Imports point down: no module imports one of a higher floor, and no program imports another program."""
+"""Imports point down, no program imports another program, and files and functions are short enough to be read."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,35 @@ def test_the_walk_sees_an_upward_import(tmp_path: Path) -> None:
     upward = tmp_path / "low.py"
     upward.write_text("def f():\n    from niels_gpt.train import loop\n")
     assert imports(upward) == {"train.loop"} and floor("train.loop") > floor("files")
+
+
+LONGEST_FILE, LONGEST_FUNCTION = 350, 50  # lines; of a test, only the file counts
+CODE = ("niels_gpt", "train", "tools", "scripts")
+
+
+def long_functions(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > LONGEST_FUNCTION:
+                yield f"{path.name}:{node.lineno}: {node.name} has {lines} lines"
+
+
+def test_functions_fit_a_screen() -> None:
+    files = [path for folder in CODE for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(files) > 200
+    assert [found for path in files for found in long_functions(path)] == []
+
+
+def test_files_are_short() -> None:
+    files = [path for folder in (*CODE, "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
+    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {name: n for name, n in lengths.items() if n > LONGEST_FILE} == {}
+
+
+def test_a_long_function_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "long.py"
+    path.write_text(
+        "class C:\n    def fits(self):\n" + "        x = 1\n" * 49 + "    def long(self):\n" + "        x = 1\n" * 50
+    )
+    assert list(long_functions(path)) == ["long.py:52: long has 51 lines"]

@@ -41,9 +41,8 @@ PRIORS = {
     "excess": (math.log(0.1), 1.5),
     "excess_size": (math.log(1.5), 0.5),
     "excess_epochs": (math.log(2.5), 0.5),
-    "kept_by_dropout": (0.0, 1.0),
 }
-SHARES = ("embedding", "kept_by_dropout")
+SHARES = ("embedding",)
 SOURCE_SPREAD = 0.3
 NAMES = tuple(PRIORS)
 ROUNDS, SMALL = 200, 1e-10
@@ -57,26 +56,24 @@ class Point:
     size: Size
     tokens: float
     unique: float
-    dropout: float
     source: str
     bpb: float
     label: str
 
 
 def load_points(files_of: Sequence[Path]) -> list[Point]:
-    """Runs of the shipped recipe; those with other rates or batches are experiments, not data."""
+    """Runs of the shipped recipe; those with other rates, batches or dropout are experiments, not data."""
     points = []
     for path in files_of:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             run = row["run"]
-            if any(run[name] != 1 for name in ("batch", "sft_batch", "adam", "muon")):
+            if run["drop"] or any(run[name] != 1 for name in ("batch", "sft_batch", "adam", "muon")):
                 continue
             size = Size(row["params"], row["embedding_params"], 0.0)
             label = f"{row['C']}x{row['L']}, {row['tokens'] / 1e6:.2f} M tokens"
-            label += f", dropout {row['dropout']:g}" if row["dropout"] else ""
             unique = row["unique_tokens"]
-            points.append(Point(size, row["tokens"], unique, row["dropout"], run["data"], row["bpb"], label))
+            points.append(Point(size, row["tokens"], unique, run["data"], row["bpb"], label))
     return points
 
 
@@ -159,7 +156,7 @@ def _huber(residuals: np.ndarray) -> float:
 
 def residual(law: Law, point: Point) -> float:
     """Logarithm of what was measured over what the curve says."""
-    curve = law.curve(point.size, point.tokens, unique=point.unique, dropout=point.dropout)
+    curve = law.curve(point.size, point.tokens, unique=point.unique)
     return math.log(point.bpb / (law.sources.get(point.source, 1.0) * curve))
 
 

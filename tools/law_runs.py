@@ -119,7 +119,6 @@ def train_one(run: Run, folder: Path, device: str, precision: str, windows: int 
         for phase in PHASES:
             given["training"][phase] |= {"amp": True, "amp_dtype": "bf16"}
     settings = validate_overrides(given)
-    torch.manual_seed(seed_for(run.seed, "init"))
     model: GPT | None = None
     bits: dict[str, dict[str, float]] = {}
     unique, text_rows = 0, 0.0
@@ -135,7 +134,7 @@ def train_one(run: Run, folder: Path, device: str, precision: str, windows: int 
     assert model is not None
     size = size_of(settings.model)
     pretrain, sft = settings.training.pretrain, settings.training.sft
-    tokens = sum(o.total_steps * o.micro_B * o.accum_steps for o in (pretrain, sft)) * settings.model.T
+    tokens = sum(o.total_steps * o.rows for o in (pretrain, sft)) * settings.model.T
     return {
         "run": asdict(run),
         "params": size.parameters,
@@ -186,7 +185,7 @@ def _train_phase(job: Job, model: GPT, start: Start) -> float:
     for step in range(options.total_steps):
         set_learning_rate(stepper.optimizer, budget.learning_rate(step), options)
         stepper.step(step)
-    rows = options.total_steps * options.micro_B * options.accum_steps
+    rows = options.total_steps * options.rows
     return rows * (start.settings.data.replay_pretrain if job.phase == "sft" else 1.0)
 
 

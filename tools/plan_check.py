@@ -1,19 +1,20 @@
 """Plan against fact: plan, carry the plan out in a fresh folder, and compare time, memory, disk and bits per byte
 
-    python tools/plan_check.py --hours 0.05 [--device cpu] [--out FOLDER]
+    python tools/plan_check.py --hours 0.05 [--device cpu] [--memory-gb 4] [--out FOLDER]
     python tools/plan_check.py --all-candidates --hours 0.15     # is the chosen model the best of those in its table?
 
 The first exits with 1 unless wall time is within 10 %, peak memory within 15 %, disk within 5 % and the bits per byte
-inside the band, which at half an hour and more is at most 5 % to either side. The second trains every candidate of the
-table for the same time and ranks them; it exits with 1 unless the chosen one is within 1 % of the best measured and
-better than the one with the most tokens per second. Leave the machine alone meanwhile.
+inside the band, which at half an hour and more is at most 5 % to either side; with --memory-gb, also unless the run
+stays below that. The second trains every candidate of the table for the same time and ranks them; it exits with 1
+unless the chosen one is within 1 % of the best measured and better than the one with the most tokens per second. Called
+again with the same --out it goes on with the candidates that are missing. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,8 @@ from niels_gpt.plan.running import KEPT, comparison
 WITHIN = {"seconds": 0.10, "peak_bytes": 0.15, "disk_bytes": 0.05}
 WIDEST_BAND, WIDE_UNTIL = 0.05, 0.5  # half of the band over its middle; hours from which it must hold
 NEAR_BEST = 0.01
+MEASURED = "measured.json"
+GB = 1e9
 
 
 def niels(*arguments: str, cwd: Path) -> None:
@@ -39,10 +42,11 @@ def niels(*arguments: str, cwd: Path) -> None:
     subprocess.run(command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
-def make_plan(hours: float, device: str | None, folder: Path) -> dict[str, Any]:
+def make_plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """A plan as the command makes it."""
-    given = ["--device", device] if device else []
-    niels("plan", "--hours", f"{hours:g}", "--out", KEPT, *given, cwd=folder)
+    given = ["--device", args.device] if args.device else []
+    given += ["--memory-gb", f"{args.memory_gb:g}"] if args.memory_gb else []
+    niels("plan", "--hours", f"{args.hours:g}", "--out", KEPT, *given, cwd=folder)
     plan: dict[str, Any] = files.read_json(folder / KEPT)
     return plan
 
@@ -71,29 +75,35 @@ def verdicts(plan: Mapping[str, Any], actual: Mapping[str, Any]) -> dict[str, bo
     return found
 
 
-def check_one(hours: float, device: str | None, folder: Path, console: Console) -> bool:
-    plan = make_plan(hours, device, folder)
-    actual = carry_out(folder, device)
+def check_one(args: argparse.Namespace, folder: Path, console: Console) -> bool:
+    plan = make_plan(args, folder)
+    actual = carry_out(folder, args.device)
     console.print(comparison(plan["chosen"], actual))
     held = verdicts(plan, actual)
+    if args.memory_gb:
+        held[f"memory below {args.memory_gb:g} GB"] = actual["peak_bytes"] < args.memory_gb * GB
     for name, holds in held.items():
         console.print(f"{'yes' if holds else 'NO ':<4}{name}", markup=False)
     return all(held.values())
 
 
-def check_all(hours: float, device: str | None, folder: Path, console: Console) -> bool:
+def check_all(args: argparse.Namespace, folder: Path, console: Console) -> bool:
     """Train every candidate that the table shows, the chosen one first."""
-    plan = make_plan(hours, device, folder)
-    measured: dict[str, dict[str, Any]] = {}
+    begun = folder / MEASURED
+    plan = files.read_json(folder / KEPT) if (folder / KEPT).is_file() else make_plan(args, folder)
+    measured: dict[str, dict[str, Any]] = files.read_json(begun) if begun.is_file() else {}
     shown = plan["candidates"][: plan["settings"]["plan"]["shown"]]
     for candidate in shown:
+        if candidate["name"] in measured:
+            continue
         place = folder / candidate["name"]
+        shutil.rmtree(place, ignore_errors=True)  # begun and broken off: its clock has run out
         place.mkdir()
         record = {**plan, "chosen": candidate, "settings": candidate["settings"]}
         files.write_json(place / KEPT, record)
-        measured[candidate["name"]] = carry_out(place, device)
-        (folder / "measured.json").write_text(json.dumps(measured, indent=2))
-    table = Table(title=f"every candidate trained for {hours:g} hours", title_justify="left")
+        measured[candidate["name"]] = carry_out(place, args.device)
+        files.write_json(begun, measured)
+    table = Table(title=f"every candidate trained for {args.hours:g} hours", title_justify="left")
     for column in ("model", "predicted", "measured", "difference", "tokens/s"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for candidate in sorted(shown, key=lambda c: measured[c["name"]]["bpb"]):
@@ -116,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Plan, carry out, compare.")
     parser.add_argument("--hours", type=float, required=True)
     parser.add_argument("--device")
+    parser.add_argument("--memory-gb", type=float, metavar="X", help="plan for so much; the run must stay below it")
     parser.add_argument("--all-candidates", action="store_true", help="train every candidate of the table")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="an empty folder to work in (default: a temporary one)"
@@ -123,12 +134,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder = args.out or Path(tempfile.mkdtemp(prefix="niels-plan-"))
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if args.all_candidates and (folder / KEPT).is_file():
+        if (hours := files.read_json(folder / KEPT)["hours"]) != args.hours:
+            parser.error(f"{folder} holds a comparison of {hours:g} hours")
+    elif any(folder.iterdir()):
         parser.error(f"{folder} is not empty")
     console = Console(highlight=False, soft_wrap=True, width=120)
     check = check_all if args.all_candidates else check_one
     try:
-        return 0 if check(args.hours, args.device, folder.resolve(), console) else 1
+        return 0 if check(args, folder.resolve(), console) else 1
     except subprocess.CalledProcessError as error:
         print(f"error: {' '.join(error.cmd[2:])} ended with exit code {error.returncode}", file=sys.stderr)
         return 1

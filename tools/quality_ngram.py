@@ -14,7 +14,6 @@ import numpy as np
 BYTES = 256
 START = 256  # the symbol before the first byte of a document
 BITS = 9  # of one symbol in a packed n-gram: bytes and START
-MASK = (1 << BITS) - 1
 ORDER = 5
 # Discounts of n-grams seen once, twice, and more often, where the counts are too few to estimate any.
 FALLBACK = (0.5, 1.0, 1.5)

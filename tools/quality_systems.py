@@ -60,7 +60,7 @@ class Spec:
     def rows(self) -> int:
         """Rows of one optimizer step."""
         options = validate_overrides(self.overrides).training.pretrain
-        return self.batch or options.micro_B * options.accum_steps
+        return self.batch or options.rows
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from niels_gpt.batching import TokenStream
 from niels_gpt.cache.pretrain import build_pretrain, open_mix
 from niels_gpt.device import Precision
-from niels_gpt.eval import bits_per_byte, token_byte_lengths
+from niels_gpt.eval import bits_per_byte, token_byte_lengths, window_starts
 from niels_gpt.settings import Settings, load_overrides, validate_overrides
 from niels_gpt.tokenizer import Tokenizer, load_tokenizer
 from niels_gpt.train.prepare import make_tokenizer
@@ -92,11 +92,6 @@ def open_text(overrides: dict[str, Any], max_windows: int) -> Text:
     if len(starts) > max_windows:
         starts = [starts[int(i)] for i in np.linspace(0, len(starts) - 1, max_windows)]
     return Text(settings, tokenizer, train, held_out, starts)
-
-
-def window_starts(stream: TokenStream, T: int) -> list[tuple[int, int]]:
-    """(array, first token) of every window that `bits_per_byte` scores: context and stride T."""
-    return [(a, i) for a, array in enumerate(stream.arrays) for i in range(0, len(array) - T, T)]
 
 
 def documents(ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[bytes]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from niels_gpt.bench.trial import Result, Trial, result_of, row_of
-from niels_gpt.files import sha256_bytes
+from niels_gpt.files import sha256_bytes, whole_json_lines
 
 KEY_LENGTH = 16
 
@@ -24,7 +23,7 @@ class Results:
     def __init__(self, path: Path, machine: str) -> None:
         """machine: what a figure depends on besides its trial, in words."""
         self.path, self.machine = path, machine
-        self.rows = read_rows(path)
+        self.rows = [row for row in whole_json_lines(path) if "status" in row]
 
     def known(self, trial: Trial, timeout_s: float) -> Result | None:
         """What came of the same trial before, unless it may end otherwise now: after an error, or with more time."""
@@ -63,17 +62,3 @@ def key_of(trial: Trial, machine: str) -> str:
     """The same for trials that differ in nothing but their rows."""
     values = {name: value for name, value in trial.as_dict().items() if name != "micro_B"}
     return sha256_bytes(json.dumps([values, machine], sort_keys=True).encode())[:KEY_LENGTH]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of results; [] if there is none."""
-    lines: Iterable[str] = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ()
-    found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "status" in row:
-            found.append(row)
-    return found

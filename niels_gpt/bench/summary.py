@@ -91,7 +91,7 @@ def prediction(configuration: Configuration) -> Prediction:
     """Validation bits per byte after a night, if the text does not run out."""
     model, tokens = configuration.best["model"], configuration.tokens
     size = Size(configuration.best["params"], model["V"] * model["C"], flops=math.nan)
-    return shipped_law().predict(size, tokens, unique=tokens, dropout=model["dropout"])
+    return shipped_law().predict(size, tokens, unique=tokens)
 
 
 def cells(rank: int, configuration: Configuration, most: float) -> list[str]:
@@ -153,8 +153,7 @@ def best_predicted(order: list[Configuration]) -> Configuration:
 def advice(chosen: Configuration, settings: Settings) -> list[str]:
     """How to train a configuration overnight."""
     row, model, phase = chosen.best, chosen.best["model"], settings.training.pretrain
-    effective = phase.micro_B * phase.accum_steps
-    accum = max(1, round(effective / row["micro_B"]))
+    accum = max(1, round(phase.rows / row["micro_B"]))
     per_step = row["micro_B"] * accum * model["T"]
     steps = int(chosen.tokens / per_step)
     shape = ", ".join(f'"{name}": {model[name]}' for name in ("T", "C", "L", "H", "d_ff"))
@@ -165,7 +164,7 @@ def advice(chosen: Configuration, settings: Settings) -> list[str]:
         f"## Train {chosen.name} overnight",
         "",
         f"effective_batch = micro_B * accum_steps = {row['micro_B']} * {accum} = {row['micro_B'] * accum} rows"
-        f" (the settings ask for {effective});"
+        f" (the settings ask for {phase.rows});"
         f" steps_8h = tokens/sec * 8 * 3600 / (micro_B * accum_steps * T) = {steps:,}. As settings:",
         "",
         "```json",

@@ -17,29 +17,25 @@ from typing import Any
 
 from niels_gpt import files
 from niels_gpt.cache.flags import (
-    PHASES,
     Roots,
     add_building,
     add_sources,
     chosen_budgets,
     chosen_roots,
     chosen_settings,
-    chosen_tokenizer,
 )
 from niels_gpt.cache.format import TOKEN_DTYPE
 from niels_gpt.cache.integrity import DEFAULT_CACHE_DIR
 from niels_gpt.cache.pretrain import build_pretrain
-from niels_gpt.cache.scale import build_scaled
+from niels_gpt.cache.scale import Where, build_scaled
 from niels_gpt.cache.sft import build_sft
-from niels_gpt.cache.sft_build import build_primer_sft_cache
 from niels_gpt.cache.shared import Progress
 from niels_gpt.cache.show import show, summary, verify
 from niels_gpt.cache.watch import watching
 from niels_gpt.command import exit_status
-from niels_gpt.data.primer_source import find_jsonl
 from niels_gpt.data.registry import canonical_name, get_source, is_optional
-from niels_gpt.settings import Settings
-from niels_gpt.tokenizer import SentencePieceTokenizer, Tokenizer
+from niels_gpt.settings import PHASES, Settings
+from niels_gpt.tokenizer import SentencePieceTokenizer, Tokenizer, open_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _build(args: argparse.Namespace) -> int:
     settings = chosen_settings(args)
-    tokenizer, roots = chosen_tokenizer(args, settings), chosen_roots(args, settings)
+    tokenizer, roots = open_tokenizer(settings, args.tokenizer), chosen_roots(args, settings)
     jobs = []
     for name in map(canonical_name, dict.fromkeys(args.sources)):
         source = get_source(name)
@@ -93,7 +89,7 @@ def _build(args: argparse.Namespace) -> int:
 
 def _build_all(args: argparse.Namespace) -> int:
     settings = chosen_settings(args)
-    tokenizer, roots = chosen_tokenizer(args, settings), chosen_roots(args, settings)
+    tokenizer, roots = open_tokenizer(settings, args.tokenizer), chosen_roots(args, settings)
     mixes = {"pretrain": settings.data.mix_pretrain, "sft": settings.data.mix_sft}
     jobs = [(phase, name) for phase, mix in mixes.items() for name in mix]
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -118,9 +114,8 @@ def _build_one(
     def text(progress: Progress) -> dict[str, Any] | None:
         budgets = chosen_budgets(args, name)
         if args.executor:
-            where = {"executor": args.executor, "tasks": args.tasks}
-            slurm = {"partition": args.partition, "time_limit": args.time_limit}
-            return build_scaled(settings, tokenizer, name, root=roots.pretrain, **where, **slurm, **budgets)
+            where = Where(args.executor, args.tasks, args.partition, args.time_limit)
+            return build_scaled(settings, tokenizer, name, root=roots.pretrain, where=where, **budgets)
         options = {"root": roots.pretrain, "workers": args.workers, "progress": progress}
         return build_pretrain(settings, tokenizer, name, **options, **budgets)
 
@@ -132,25 +127,14 @@ def _build_one(
 
 def _build_sft_primer(args: argparse.Namespace) -> int:
     settings = chosen_settings(args)
-    out_dir, primer = Path(args.out_dir), settings.data.primer
-    if out_dir.name != "primer":
-        out_dir /= "primer"
-    tokenizer = chosen_tokenizer(args, settings)
-    done = _report(
-        "sft/primer",
-        False,
-        lambda progress: build_primer_sft_cache(
-            find_jsonl(settings),
-            out_dir,
-            tokenizer=tokenizer,
-            seed=primer.seed,
-            val_frac=primer.val_frac,
-            t_max=primer.t_max,
-            strict=not args.skip_bad,
-            progress=progress,
-        ),
-    )
-    return 0 if done else 1
+    tokenizer = open_tokenizer(settings, args.tokenizer)
+    given = Path(args.out_dir)
+    root = given.parent if given.name == "primer" else given
+
+    def build(progress: Progress) -> dict[str, Any]:
+        return build_sft(settings, tokenizer, "primer", root=root, strict=not args.skip_bad, progress=progress)
+
+    return 0 if _report("sft/primer", False, build) else 1
 
 
 def _report(name: str, optional: bool, build: Callable[[Progress], dict[str, Any] | None]) -> bool:

@@ -1,4 +1,4 @@
-"""The flags of the cache programs, and what they mean: settings, folders and the tokenizer they ask for.
+"""The flags of the cache programs, and what they mean: the settings and folders they ask for.
 
 Every default is that of the settings, so that the same command without flags and the programs that build caches
 themselves make the same caches.
@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from niels_gpt.cache.integrity import DEFAULT_CACHE_DIR
-from niels_gpt.settings import Settings, default_settings, load_overrides, tokenizer_file, validate_overrides
-from niels_gpt.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from niels_gpt.cache.scale import EXECUTORS, Where
+from niels_gpt.settings import DATA_SEEDS, Settings, default_settings, load_overrides, validate_overrides
 
-PHASES = ("pretrain", "sft")
 BUDGETED = "fineweb_edu"  # the source with budget flags of its own
 
 # flag -> the settings that it sets
@@ -23,18 +22,7 @@ _SETS: dict[str, tuple[tuple[str, str], ...]] = {
     "roam_dir": (("roam", "root_dir"),),
     "text_dir": (("text", "root_dir"),),
     "primer_jsonl": (("primer", "jsonl_path"),),
-    "seed": (
-        ("caches", "seed"),
-        ("primer", "seed"),
-        ("roam", "split_seed"),
-        ("text", "split_seed"),
-        ("chitchat", "split_seed"),
-        ("wiki_summaries", "split_seed"),
-        ("fineweb_edu", "seed"),
-        ("gutenberg", "seed"),
-        ("dolly", "seed"),
-        ("oasst1", "seed"),
-    ),
+    "seed": DATA_SEEDS,
     "skip_bad": (("jsonl", "skip_bad"),),
     "val_frac": (("caches", "val_frac"), ("primer", "val_frac")),
     "t_max": (("primer", "t_max"),),
@@ -73,23 +61,31 @@ def add_sources(command: argparse.ArgumentParser) -> None:
             f"--{split}-tokens", type=int, help=f"{split} tokens of sources that are one stream (default: {default})"
         )
         command.add_argument(f"--fineweb-{split}-tokens", type=int, help=f"the same for {BUDGETED} alone")
-    command.add_argument("--executor", choices=("local", "slurm", "ray"), help="build text with datatrove, in tasks")
+    command.add_argument("--executor", choices=EXECUTORS, help="build text with datatrove, in tasks")
     command.add_argument("--tasks", type=int, default=1, help="tasks of the executor (default: %(default)s)")
-    command.add_argument("--partition", default="cpu", help="Slurm partition of the tasks (default: %(default)s)")
-    command.add_argument("--time-limit", default="24:00:00", help="Slurm time limit of a task (default: %(default)s)")
+    command.add_argument(
+        "--partition", default=Where.partition, help="Slurm partition of the tasks (default: %(default)s)"
+    )
+    command.add_argument(
+        "--time-limit", default=Where.time_limit, help="Slurm time limit of a task (default: %(default)s)"
+    )
     command.add_argument("--workers", type=int, help="processes that tokenize (default: one a core)")
 
 
 @dataclass(frozen=True)
 class Roots:
+    """Folders of the token caches of both phases."""
+
     pretrain: Path
     sft: Path
 
     def of(self, phase: str) -> Path:
+        """The folder of one phase's caches."""
         return self.pretrain if phase == "pretrain" else self.sft
 
 
 def chosen_settings(args: argparse.Namespace) -> Settings:
+    """`--config` with what the other flags set; errors as for `load_overrides` and `validate_overrides`."""
     overrides = load_overrides(args.config)
     validate_overrides(overrides)  # before it is added to
     for flag, places in _SETS.items():
@@ -107,17 +103,10 @@ def chosen_budgets(args: argparse.Namespace, source: str) -> dict[str, Any]:
 
 
 def chosen_roots(args: argparse.Namespace, settings: Settings) -> Roots:
+    """Where the caches are: `--cache-dir` and `--out-dir`, else the folders of the settings."""
     caches = settings.data.caches
     roots = Roots(Path(caches.pretrain_token_cache), Path(caches.sft_token_cache))
     if args.cache_dir is not None:
         roots = Roots(Path(args.cache_dir) / "pretrain", Path(args.cache_dir) / "sft")
     out_dir = getattr(args, "out_dir", None)
     return roots if out_dir is None else Roots(roots.pretrain, Path(out_dir))
-
-
-def chosen_tokenizer(args: argparse.Namespace, settings: Settings) -> Tokenizer:
-    chosen = settings.tokenizer
-    if args.tokenizer is None and chosen.type == "byte":
-        return ByteTokenizer()
-    path = Path(args.tokenizer) if args.tokenizer else tokenizer_file(chosen) or Path(chosen.model_path)
-    return load_tokenizer(path, chosen.expected_special_token_ids.model_dump())

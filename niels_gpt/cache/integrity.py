@@ -20,6 +20,7 @@ from typing import Any
 
 from niels_gpt.cache.folder import LAST_FILE, whole_folder
 from niels_gpt.files import read_json, sha256_bytes, sha256_file, write_json
+from niels_gpt.settings import PHASES
 
 DEFAULT_CACHE_DIR = Path("data/cache")
 META, META_HASH = "meta.json", LAST_FILE
@@ -46,6 +47,7 @@ class HashedFile:
         self._file = open(self._path, "wb" if keep is None else "ab")  # noqa: SIM115 (closed by finish or abandon)
 
     def write(self, content: bytes) -> None:
+        """Append `content`; OSError names the file."""
         with _naming(self._path):
             self._file.write(content)
         self._sha256.update(content)
@@ -174,7 +176,7 @@ def check_tokenizer(
 def build_advice(target: Path) -> str:
     """What to do about a missing or bad cache at ROOT/SOURCE: the command that builds it."""
     command = f"python -m niels_gpt.cache.cli build {target.name}"
-    if target.parent.name in ("pretrain", "sft"):
+    if target.parent.name in PHASES:
         command += f" --phase {target.parent.name}"
         if target.parent.parent != DEFAULT_CACHE_DIR:
             command += f" --cache-dir {target.parent.parent}"

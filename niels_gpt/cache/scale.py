@@ -31,6 +31,21 @@ CHUNK_DOCUMENTS = 2000
 MARGIN = 1.05  # how far past a budget the tasks go
 
 
+@dataclass(frozen=True)
+class Where:
+    """Which executor runs the tasks, and how many of them read and encode; ValueError for what there is not."""
+
+    executor: str
+    tasks: int
+    partition: str = "cpu"  # of Slurm
+    time_limit: str = "24:00:00"  # of a task, for Slurm
+
+    def __post_init__(self) -> None:
+        if self.executor not in EXECUTORS or self.tasks < 1:
+            known = ", ".join(EXECUTORS)
+            raise ValueError(f"the executor is one of {known} and tasks at least 1, got {self.executor}, {self.tasks}")
+
+
 @dataclass(frozen=True, repr=False)
 class Job:
     """What every task must know to do its part; it is pickled."""
@@ -45,9 +60,11 @@ class Job:
         return f"Job({self.source} -> {self.root})"  # the logs of datatrove show every step
 
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer, from its bytes."""
         return ByteTokenizer() if self.model is None else SentencePieceTokenizer.from_bytes(self.model)
 
     def plan(self) -> Plan:
+        """What the build makes; errors as for `make_plan`."""
         return make_plan(self.settings, self.tokenizer(), self.source, root=self.root, **self.budgets)
 
     def work(self) -> Path:
@@ -173,19 +190,16 @@ def build_scaled(
     source: str,
     *,
     root: str | Path,
-    executor: str,
-    tasks: int,
-    partition: str = "cpu",
-    time_limit: str = "24:00:00",
+    where: Where,
     train_tokens: int | None = None,
     val_tokens: int | None = None,
 ) -> dict[str, Any] | None:
     """Build ROOT/SOURCE with a datatrove executor; returns its meta.json, or None where the tasks run later (Slurm).
 
-    The bytes are those of `build_pretrain`. `partition` and `time_limit` are for Slurm.
+    The bytes are those of `build_pretrain`.
 
     Raises:
-        ValueError: datatrove is not installed, `executor` is unknown, or what `build_pretrain` raises.
+        ValueError: datatrove is not installed, or what `build_pretrain` raises.
         RuntimeError: a task failed; its log is named.
     """
     try:
@@ -193,26 +207,22 @@ def build_scaled(
     except ImportError:
         hint = 'pip install "niels-gpt[scale]"'
         raise ValueError(f"building with an executor needs datatrove; install it with: {hint}") from None
-    if executor not in EXECUTORS or tasks < 1:
-        raise ValueError(f"the executor is one of {', '.join(EXECUTORS)} and tasks at least 1, got {executor}, {tasks}")
     model = tokenizer.model_bytes if isinstance(tokenizer, SentencePieceTokenizer) else None
     budgets = {"train_tokens": train_tokens, "val_tokens": val_tokens}
     job = Job(settings, model, source, str(Path(root).absolute()), budgets)
     work, folder = job.work(), job.plan().folder
-    steps: list[dict[str, Any]] = [
-        {"pipeline": [Read(job), Tokenize(job)], "tasks": tasks, "logging_dir": str(work / f"logs-{tasks}" / "encode")},
-        {"pipeline": [Write(job)], "tasks": 1, "logging_dir": str(work / f"logs-{tasks}" / "write")},
-    ]
-    first, last = steps
-    if executor == "slurm":
-        options = {"time": time_limit, "partition": partition}
-        encode = engines.SlurmPipelineExecutor(**first, **options, job_name=f"{source}-encode")
-        engines.SlurmPipelineExecutor(**last, **options, job_name=f"{source}-write", depends=encode).run()
+    logs = work / f"logs-{where.tasks}"
+    encode = {"pipeline": [Read(job), Tokenize(job)], "tasks": where.tasks, "logging_dir": str(logs / "encode")}
+    write = {"pipeline": [Write(job)], "tasks": 1, "logging_dir": str(logs / "write")}
+    if where.executor == "slurm":
+        options = {"time": where.time_limit, "partition": where.partition}
+        first = engines.SlurmPipelineExecutor(**encode, **options, job_name=f"{source}-encode")
+        engines.SlurmPipelineExecutor(**write, **options, job_name=f"{source}-write", depends=first).run()
         return None
-    engine = {"local": engines.LocalPipelineExecutor, "ray": engines.RayPipelineExecutor}[executor]
+    engine = {"local": engines.LocalPipelineExecutor, "ray": engines.RayPipelineExecutor}[where.executor]
     try:
-        for step in steps:
-            engine(**step, workers=min(step["tasks"], tasks)).run()
+        for step in (encode, write):
+            engine(**step, workers=step["tasks"]).run()
     except (ValueError, OSError):
         raise
     except Exception as error:

@@ -23,17 +23,13 @@ def build_sft(
     source: str,
     *,
     root: str | Path,
-    seed: int | None = None,
-    val_frac: float | None = None,
-    t_max: int | None = None,
     strict: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build ROOT/SOURCE from the source's chats; returns its meta.json.
 
-    A whole cache of the same data, tokenizer and options is kept: the result then has `reused`. `seed` and `val_frac`
-    split sources that do not split themselves; `t_max`, the longest conversation in tokens, is for primer alone. What
-    is not given is that of `data.primer` for primer, else that of `data.caches`.
+    A whole cache of the same data, tokenizer and options is kept: the result then has `reused`. Sources that do not
+    split themselves are split by `seed` and `val_frac` of `data.caches`, primer by those of `data.primer`.
     `strict` makes a chat with a special token literal, or a malformed line of primer.jsonl, an error; otherwise such
     chats are dropped and counted.
 
@@ -45,23 +41,15 @@ def build_sft(
     if entry.chats is None:
         raise ValueError(f"the source {entry.name} has text, not chats; build it for pretrain")
     folder = Path(root) / entry.name
-    chosen = settings.data.primer if entry.name == "primer" else settings.data.caches
-    seed = chosen.seed if seed is None else seed
-    val_frac = chosen.val_frac if val_frac is None else val_frac
+    how: dict[str, Any] = {"tokenizer": tokenizer, "strict": strict, "progress": progress}
     if entry.name == "primer":
-        return build_primer_sft_cache(
-            find_jsonl(settings),
-            folder,
-            tokenizer=tokenizer,
-            seed=seed,
-            val_frac=val_frac,
-            t_max=settings.data.primer.t_max if t_max is None else t_max,
-            strict=strict,
-            progress=progress,
-        )
+        own = settings.data.primer
+        how |= {"seed": own.seed, "val_frac": own.val_frac, "t_max": own.t_max}
+        return build_primer_sft_cache(find_jsonl(settings), folder, **how)
+    seed, val_frac = settings.data.caches.seed, settings.data.caches.val_frac
     description = entry.describe(settings, "sft")
-    options = {"strict": strict} if entry.splits_chats else {"strict": strict, "seed": seed, "val_frac": val_frac}
-    wanted = fingerprint(description, **options)
+    decided = {} if entry.splits_chats else {"seed": seed, "val_frac": val_frac}
+    wanted = fingerprint(description, strict=strict, **decided)
     with locked(folder):
         if kept := up_to_date(folder, wanted, tokenizer):
             return kept
@@ -69,18 +57,9 @@ def build_sft(
         meta = {"dataset_config": None, **known, "seed": seed, "source_fingerprint": wanted}
         if not entry.splits_chats:
             examples = [chat.messages for chat in entry.chats(settings, "all")]
-            return build_sft_cache(
-                examples,
-                folder,
-                tokenizer=tokenizer,
-                seed=seed,
-                val_frac=val_frac,
-                strict=strict,
-                meta=meta,
-                progress=progress,
-            )
+            return build_sft_cache(examples, folder, seed=seed, val_frac=val_frac, meta=meta, **how)
         splits = {split: [chat.messages for chat in entry.chats(settings, split)] for split in ("val", "train")}
-        return write_chats(folder, splits, tokenizer, {**meta, "val_frac": None}, strict=strict, progress=progress)
+        return write_chats(folder, splits, meta={**meta, "val_frac": None}, **how)
 
 
 # Reading

@@ -80,26 +80,16 @@ def build_primer_sft_cache(
         FileNotFoundError: there is no such file.
         ValueError: no example in it; or, if `strict`, a malformed line or a special token literal in one.
     """
-    path = Path(jsonl_path)
+    path, folder = Path(jsonl_path), Path(out_dir)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; make it with tools/convert_primer_txt_to_jsonl.py")
     if not 0 <= val_frac < 1 or t_max < 2:
         raise ValueError(f"val_frac must be in [0, 1) and t_max at least 2, got val_frac={val_frac} and t_max={t_max}")
     wanted = fingerprint({"sha256": sha256_file(path)}, seed=seed, val_frac=val_frac, t_max=t_max, strict=strict)
-    with locked(Path(out_dir)):
-        if kept := up_to_date(Path(out_dir), wanted, tokenizer):
+    with locked(folder):
+        if kept := up_to_date(folder, wanted, tokenizer):
             return kept
-        examples: list[Example] = []
-        malformed = 0
-        for number, messages, reason in iter_chat_jsonl_lenient(path):
-            if messages is None and reason and not reason.startswith("no assistant message"):
-                if strict:
-                    raise ValueError(f"{path}: line {number}: {reason}")
-                malformed += 1
-                continue
-            examples.append(messages or [])
-        if not examples:
-            raise ValueError(f"{path}: no example in it; each line must be an object such as {{'messages': [...]}}")
+        examples, malformed = _read_examples(path, strict)
         held_out = val_indices(len(examples), val_frac, seed)
         splits = {
             "val": [messages for i, messages in enumerate(examples) if i in held_out],
@@ -117,8 +107,27 @@ def build_primer_sft_cache(
         }
         dropped = Counter({"malformed": malformed})
         return write_chats(
-            Path(out_dir), splits, tokenizer, meta, strict=strict, t_max=t_max, dropped=dropped, progress=progress
+            folder, splits, tokenizer, meta, strict=strict, t_max=t_max, dropped=dropped, progress=progress
         )
+
+
+def _read_examples(path: Path, strict: bool) -> tuple[list[Example], int]:
+    """The examples of a chat JSONL file, and how many lines were malformed; ValueError for such a line if `strict`.
+
+    An example without an assistant message is empty: it is one when examples are split, and dropped after that.
+    """
+    examples: list[Example] = []
+    malformed = 0
+    for number, messages, reason in iter_chat_jsonl_lenient(path):
+        if messages is None and reason and not reason.startswith("no assistant message"):
+            if strict:
+                raise ValueError(f"{path}: line {number}: {reason}")
+            malformed += 1
+        else:
+            examples.append(messages or [])
+    if not examples:
+        raise ValueError(f"{path}: no example in it; each line must be an object such as {{'messages': [...]}}")
+    return examples, malformed
 
 
 def write_chats(
@@ -132,6 +141,11 @@ def write_chats(
     dropped: Counter[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
+    """Write conversations (split -> examples) to a cache in `folder`; returns its meta.json: `meta` and the counts.
+
+    t_max: longer ones lose their oldest tokens. dropped: how many examples were dropped before, by reason.
+    ValueError if nothing is left to train on, or for a special token literal if `strict`.
+    """
     dropped = Counter() if dropped is None else dropped
     sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     meta |= tokenizer_meta(tokenizer)

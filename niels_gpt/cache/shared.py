@@ -95,4 +95,5 @@ def renormalised(mix: Mapping[str, float], names: Sequence[str]) -> dict[str, fl
 
 
 def warn(text: str) -> None:
+    """Tell a person on stderr; the build or run goes on."""
     print(f"warning: {text}", file=sys.stderr)

@@ -13,12 +13,12 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from niels_gpt.cache.flags import PHASES, chosen_roots, chosen_settings
+from niels_gpt.cache.flags import chosen_roots, chosen_settings
 from niels_gpt.cache.format import SPLITS, open_pretrain, open_sft
 from niels_gpt.cache.integrity import open_folder
 from niels_gpt.data.registry import canonical_name
 from niels_gpt.model.loss import IGNORED
-from niels_gpt.settings import Settings, tokenizer_file
+from niels_gpt.settings import PHASES, Settings, tokenizer_file
 from niels_gpt.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 SAMPLES = 3

@@ -17,8 +17,8 @@ from niels_gpt.cache.folder import replacing_folder
 from niels_gpt.cache.format import DOCUMENT, LABEL, LABEL_DTYPE, SPLITS, TOKEN, TOKEN_DTYPE, index_name
 from niels_gpt.cache.integrity import HashedFile, write_meta
 from niels_gpt.cache.journal import clear, read_journal, write_journal
+from niels_gpt.settings.fields import MAX_VOCAB_SIZE
 
-MAX_VOCAB = 65535
 COMMIT_TOKENS = 8_000_000  # what a kill can cost between two finished shards
 
 
@@ -26,8 +26,10 @@ class _Writer:
     """What both kinds share: open files, counts per split, meta.json at the end."""
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
-        if vocab_size > MAX_VOCAB:
-            raise ValueError(f"a vocabulary of {vocab_size} pieces does not fit a token cache; the most is {MAX_VOCAB}")
+        if vocab_size > MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"a vocabulary of {vocab_size} pieces does not fit a token cache; the most is {MAX_VOCAB_SIZE}"
+            )
         self.meta: dict[str, Any] = {}
         self._folder, self._vocab_size = folder, vocab_size
         self._documents = dict.fromkeys(SPLITS, 0)
@@ -151,15 +153,19 @@ class PretrainWriter(_Writer):
         self._uncommitted += len(ids)
 
     def n_tokens(self, split: str) -> int:
+        """Tokens written so far, separators included."""
         return self._tokens[split]
 
     def n_documents(self, split: str) -> int:
+        """Documents written so far; one at a budget's end may count in two splits."""
         return self._documents[split]
 
     def n_bytes(self) -> int:
+        """UTF-8 bytes of text written so far, in all splits."""
         return sum(self._bytes.values())
 
     def finish(self, meta: Mapping[str, Any]) -> None:
+        """Put everything on the disk, with `meta` and the counts as meta.json."""
         self.commit(everything=True)
         self._finish({**meta, **{f"{split}_tokens": count for split, count in self._tokens.items()}})
 
@@ -188,9 +194,11 @@ class SftWriter(_Writer):
         self._bytes[split] += n_bytes
 
     def n_examples(self, split: str) -> int:
+        """Conversations written so far."""
         return self._documents[split]
 
     def finish(self, meta: Mapping[str, Any]) -> None:
+        """Write the indices and put everything on the disk, with `meta` and the counts as meta.json."""
         counts: dict[str, Any] = {"label_dtype": LABEL_DTYPE, "splits": {}}
         for split in SPLITS:
             buffer = io.BytesIO()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,16 @@ def build_options(settings: Settings | None, system: str, **overrides: Any) -> C
     overrides: the fields of `Sampling`, max_new_tokens, seed, use_cache, weights, native; None leaves a setting be.
     """
     settings = settings or default_settings()
-    values = {
-        name: getattr(settings.generation, name)
-        for name in ("max_new_tokens", "weights", *(f.name for f in fields(Sampling)))
+    generation = settings.generation
+    values: dict[str, Any] = {
+        "max_new_tokens": generation.max_new_tokens,
+        "use_cache": settings.model.attention.use_kv_cache,
+        "weights": generation.weights,
+        "native": generation.native_decoder,
     }
-    values["use_cache"] = settings.model.attention.use_kv_cache
-    values["native"] = settings.generation.native_decoder
     values |= {name: value for name, value in overrides.items() if value is not None}
-    sampling = Sampling(**{f.name: values.pop(f.name) for f in fields(Sampling)})
-    return ChatOptions(system=system, sampling=sampling, **values)
+    chosen = {f.name: values.pop(f.name) for f in fields(Sampling) if f.name in values}
+    return ChatOptions(system=system, sampling=replace(Sampling.of(generation), **chosen), **values)
 
 
 def system_prompt(system_file: str | None = None, system: str | None = None) -> str:

@@ -61,9 +61,11 @@ class Session:
             self.view.print(f"{f'{name} {argument}'.rstrip():<18} {meaning}")
 
     def leave(self, _: str) -> None:
+        """End the chat after this command."""
         self.done = True
 
     def reset(self, _: str) -> None:
+        """Forget the conversation, but for the system prompt."""
         self.conversation.reset()
 
     def system(self, text: str) -> None:
@@ -80,6 +82,8 @@ class Session:
             raise ValueError("there is nothing to save yet: no reply was given")
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file in it, such as {path / fresh.name}")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent}")
         if path.exists() and path != self.file:
             raise ValueError(f"{path} exists and is not of this chat; choose another name")
         write_chat_jsonl(path, [[asdict(message) for message in self.conversation.messages]])
@@ -111,11 +115,13 @@ class Session:
         self.view.speak(self.conversation, self.conversation.again())
 
     def temp(self, text: str) -> None:
+        """Show or set the temperature."""
         if text:
             self._sample(replace(self._sampling, temperature=_number(text, float)))
         self.view.print(f"[temperature: {self._sampling.temperature:g}]")
 
     def topk(self, text: str) -> None:
+        """Show or set from how many of the likeliest tokens a reply is drawn; 0 is all."""
         if text:
             self._sample(replace(self._sampling, top_k=_number(text, int)))
         self.view.print(f"[top-k: {self._sampling.top_k or 'off'}]")

@@ -66,6 +66,7 @@ class View:
             self.print(self._meter(conversation, seconds))
 
     def print(self, text: str, end: str = "\n") -> None:
+        """Write to stdout at once; to a terminal without control characters."""
         print(self._printable(text), end=end, flush=True)
 
     def legend(self) -> None:
@@ -157,4 +158,5 @@ def _likely(tokenizer: Tokenizer, token_id: int, logprob: float) -> str:
 
 
 def note(text: str) -> None:
+    """Tell a person on stderr, beside the chat."""
     print(text, file=sys.stderr, flush=True)

@@ -13,13 +13,15 @@ from typing import Any
 
 from niels_gpt import files, paths
 from niels_gpt.checkpoint.format import disk_full_explained, is_good
+from niels_gpt.settings import PHASES
 
-PHASES = ("pretrain", "sft")
 FEWEST_KEPT = 2
 
 
 @dataclass(frozen=True)
 class PhasePaths:
+    """Where one phase's checkpoints are."""
+
     latest: Path
     best: Path
     step_dir: Path

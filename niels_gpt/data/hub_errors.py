@@ -33,6 +33,7 @@ def chain_of(error: BaseException) -> Iterator[BaseException]:
 
 
 def first_line(error: BaseException) -> str:
+    """What an error says first, 200 characters at most; the name of its kind if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

@@ -47,6 +47,7 @@ class Report:
     dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> "FILE: line N" of every such line
 
     def drop(self, reason: str, where: str) -> None:
+        """Count a line that is left out; `where` is its place."""
         self.dropped.setdefault(kind_of(reason), []).append(where)
 
     def __str__(self) -> str:

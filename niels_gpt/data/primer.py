@@ -19,8 +19,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-DIALOGUE_DELIMITER = "\n\n<dialogue>\n\n"
-ROLES = ("system", "user", "assistant")
+from niels_gpt.data.types import ROLES
+from niels_gpt.files import atomic_write, write_text
+from niels_gpt.settings import DIALOGUE_DELIMITER
 
 Message = dict[str, str]
 Dialogue = list[Message]
@@ -110,7 +111,7 @@ def write_primer_txt(path: str | os.PathLike[str], dialogues: Iterable[Dialogue]
     for index, messages in enumerate(dialogues, start=1):
         blocks.append("\n".join(f"{message['role']}: {message['content']}" for message in messages))
         parse_dialogue(blocks[-1], f"{path}, dialogue {index}")
-    _replace_file(Path(path), [DIALOGUE_DELIMITER.join(blocks) + "\n"])
+    write_text(Path(path), DIALOGUE_DELIMITER.join(blocks) + "\n")
 
 
 def split_primer_text(text: str, *, delimiter: str, val_frac: float, seed: int) -> tuple[str, str]:
@@ -262,16 +263,6 @@ def read_chat_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, Dialogu
 
 def write_chat_jsonl(path: str | os.PathLike[str], dialogues: Iterable[Dialogue]) -> None:
     """Write dialogues as chat JSONL: whatever goes wrong, `path` holds its old bytes or all the new ones."""
-    _replace_file(Path(path), (json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in dialogues))
-
-
-def _replace_file(path: Path, chunks: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(Path(path)) as file:
+        for messages in dialogues:
+            file.write((json.dumps({"messages": messages}, ensure_ascii=False) + "\n").encode("utf-8"))

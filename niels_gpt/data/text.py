@@ -51,9 +51,9 @@ def is_val(relative: str, val_frac: float, seed: int) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """A file's text with LF line ends and without blank edges; ValueError, naming the file, unless it is UTF-8."""
+    """A file's text with LF line ends; ValueError, naming the file, unless it is UTF-8."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8 or move it away") from None
-    return text.replace("\r\n", "\n").strip()
+    return text.replace("\r\n", "\n")

@@ -25,9 +25,9 @@ from niels_gpt.doctor.checks import Check, all_checks, device_of
 from niels_gpt.doctor.look import look_around
 from niels_gpt.doctor.trying import Outcome, try_it
 from niels_gpt.machine import probe
+from niels_gpt.plan.recipe import CONFIG
 from niels_gpt.settings import Settings, load_overrides, validate_overrides
 
-QUICKSTART = "configs/quickstart.json"
 MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "problem": ("✗", "red")}
 
 
@@ -70,7 +70,7 @@ def examine(args: argparse.Namespace, settings: Settings, device: str | None) ->
 
 
 def settings_of(config: str | None) -> Settings:
-    return validate_overrides(load_overrides(Path(config) if config else paths.shipped(QUICKSTART)))
+    return validate_overrides(load_overrides(Path(config) if config else paths.shipped(CONFIG)))
 
 
 def check_of(outcome: Outcome | None) -> Check:

@@ -194,7 +194,8 @@ def modelfile(loaded: LoadedModel, file_name: str) -> str:
     if loaded.settings is not None:
         chosen = loaded.settings.generation
         lines += [f"PARAMETER temperature {chosen.temperature:g}", f"PARAMETER num_predict {chosen.max_new_tokens}"]
-        lines += [f"PARAMETER top_k {chosen.top_k or 0}", f"PARAMETER top_p {chosen.top_p or 1:g}", "PARAMETER min_p 0"]
+        lines += [f"PARAMETER top_k {chosen.top_k or 0}", f"PARAMETER top_p {chosen.top_p or 1:g}"]
+        lines += [f"PARAMETER min_p {chosen.min_p or 0:g}"]
         lines += [f"PARAMETER repeat_penalty {chosen.repetition_penalty or 1:g}"]
     return "\n".join(lines) + "\n"
 

@@ -101,6 +101,8 @@ def generation_config(loaded: LoadedModel) -> dict[str, Any]:
         found |= {"do_sample": chosen.temperature > 0, "max_new_tokens": chosen.max_new_tokens}
         if chosen.temperature > 0:
             found |= {"temperature": chosen.temperature, "top_k": chosen.top_k or 0, "top_p": chosen.top_p or 1.0}
+            found |= {"min_p": chosen.min_p} if chosen.min_p else {}
+        found |= {"repetition_penalty": chosen.repetition_penalty} if chosen.repetition_penalty else {}
     return found
 
 

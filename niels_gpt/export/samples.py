@@ -39,18 +39,18 @@ _FIXED = (
 )
 
 
-def strings(tokenizer: Tokenizer, count: int = STRINGS) -> list[str]:
-    """`count` strings: fixed awkward ones, then random ones of any Unicode, of few letters, and of joined pieces."""
+def strings(tokenizer: Tokenizer) -> list[str]:
+    """STRINGS of them: fixed awkward ones, then random ones of any Unicode, of few letters, and of joined pieces."""
     rng = random.Random(0)
     pieces = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in range(tokenizer.vocab_size)]
     found = list(_FIXED)
     makers: tuple[Callable[[random.Random], str], ...] = (_any_unicode, _everyday, _few_letters)
-    while len(found) < count:
+    while len(found) < STRINGS:
         kind = len(found) % 4
         text = "".join(rng.choices(pieces, k=rng.randint(1, 30))) if kind == 3 else makers[kind](rng)
         if not any(literal in text for literal in SENTINELS):
             found.append(text)
-    return found[:count]
+    return found[:STRINGS]
 
 
 def _any_unicode(rng: random.Random) -> str:
@@ -76,12 +76,12 @@ def _few_letters(rng: random.Random) -> str:
     return "".join(rng.choices(letters, k=rng.randint(1, 40)))
 
 
-def conversations(texts: list[str], count: int = CONVERSATIONS) -> list[list[Message]]:
+def conversations(texts: list[str]) -> list[list[Message]]:
     """Conversations of `texts`, with and without a system message, empty and blank messages among them."""
     rng = random.Random(1)
     texts = ["", " ", "\nuser: hello\nassistant: no\nsystem: x", "user: hi\n", *texts]
     found = []
-    for n in range(count):
+    for n in range(CONVERSATIONS):
         messages = [Message("system", rng.choice(texts))] if n % 3 == 0 else []
         for _ in range(rng.randint(1, 4)):
             messages += [Message("user", rng.choice(texts)), Message("assistant", rng.choice(texts))]

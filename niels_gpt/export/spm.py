@@ -14,6 +14,8 @@ SENTINEL_ID = EOT_TOKEN.rpartition("_")[2].removesuffix("|>")  # what all four s
 
 @dataclass(frozen=True)
 class Piece:
+    """One entry of a SentencePiece vocabulary."""
+
     text: str
     kind: str  # normal | unknown | control | user | unused | byte
     score: float

@@ -49,6 +49,7 @@ class Remote:
 
     @property
     def name(self) -> str:
+        """What errors call it."""
         return f"{self.repo}: {self.file}"
 
 

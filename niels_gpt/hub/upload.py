@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from niels_gpt import files, paths
-from niels_gpt.checkpoint import load_checkpoint, load_model, save_checkpoint
+from niels_gpt.checkpoint import LoadedModel, load_checkpoint, load_model, save_checkpoint
 from niels_gpt.checkpoint.format import Checkpoint
 from niels_gpt.checkpoint.loaded import TOKENIZER_BESIDE
 from niels_gpt.command import exit_status
@@ -56,20 +56,12 @@ def upload_checkpoint(
             "publish it for yourself with --private, or for all with --share-own-text"
         )
     with tempfile.TemporaryDirectory() as folder:
-        sent = path
-        if weights_only:
-            sent = Path(folder) / path.name
-            _save_without_training_state(sent, checkpoint)
-        elif checkpoint["optimizer_state"] is not None:
-            _say("note: it goes up with its optimizer state; --weights-only leaves that out, a third of the size")
-        content: dict[str, Path | bytes] = {path.name: sent}
-        if isinstance(loaded.tokenizer, SentencePieceTokenizer) and checkpoint["tokenizer_model"] is None:
-            content[TOKENIZER_BESIDE] = loaded.tokenizer.model_bytes
+        content = _model_files(path, checkpoint, loaded, Path(folder) if weights_only else None)
         written = card(
             Published(
                 repo=repo,
                 file=path.name,
-                sha256=files.sha256_file(sent),
+                sha256=_sha256(content[path.name]),
                 checkpoint=checkpoint,
                 loaded=loaded,
                 evals=_last_evals(metrics or _metrics_of(checkpoint)),
@@ -82,6 +74,22 @@ def upload_checkpoint(
             size = item.stat().st_size if isinstance(item, Path) else len(item)
             _say(f"{name}: {size:,} bytes, sha256 {_sha256(item)}")
         return written if dry_run else _publish(repo, content, private)
+
+
+def _model_files(
+    path: Path, checkpoint: Checkpoint, loaded: LoadedModel, weights_only_in: Path | None
+) -> dict[str, Path | bytes]:
+    """Name on the hub -> what goes there: the checkpoint, or a copy of its weights alone, and a tokenizer it lacks."""
+    sent = path
+    if weights_only_in is not None:
+        sent = weights_only_in / path.name
+        _save_without_training_state(sent, checkpoint)
+    elif checkpoint["optimizer_state"] is not None:
+        _say("note: it goes up with its optimizer state; --weights-only leaves that out, a third of the size")
+    content: dict[str, Path | bytes] = {path.name: sent}
+    if isinstance(loaded.tokenizer, SentencePieceTokenizer) and checkpoint["tokenizer_model"] is None:
+        content[TOKENIZER_BESIDE] = loaded.tokenizer.model_bytes
+    return content
 
 
 def _save_without_training_state(path: Path, checkpoint: Checkpoint) -> None:

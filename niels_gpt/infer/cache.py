@@ -31,17 +31,21 @@ class KVCache:
 
     @property
     def L(self) -> int:
+        """Layers."""
         return self.k.shape[0]
 
     @property
     def B(self) -> int:
+        """Rows: sequences."""
         return self.k.shape[1]
 
     @property
     def T_max(self) -> int:
+        """Positions that there is room for."""
         return self.k.shape[3]
 
     def layer(self, index: int) -> _LayerSlot:
+        """One layer, for attention to read and extend."""
         return self._layers[index]
 
     def advance(self, T: int) -> None:

@@ -41,8 +41,16 @@ class Watch:
     lens: int = 0  # of how many likeliest tokens per layer
     layers: list[list[tuple[int, float]]] | None = None  # the lens' answer: (id, log-probability) after each block
 
+    @classmethod
+    def of(cls, trace_layer: int | None, lens: int) -> Watch | None:
+        """A new one for one pass; None if nothing is to be recorded."""
+        return (
+            cls(None if trace_layer is None else Trace(trace_layer), lens) if trace_layer is not None or lens else None
+        )
+
     @property
     def idle(self) -> bool:
+        """True if nothing is to be recorded."""
         return self.trace is None and not self.lens
 
 
@@ -139,6 +147,7 @@ def _last_hidden(model: GPT, x: Tensor, cache: KVCache) -> Tensor:
 
 
 def outlook(logits: Tensor) -> Outlook:
+    """From logits (V,) float32 on the CPU."""
     logp = logits.log_softmax(dim=-1)
     return Outlook(logits, float(logits[0] - logp[0]), -float((logp.exp() * logp).sum()))
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from niels_gpt.settings import GenerationSettings
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -36,6 +38,12 @@ class Sampling:
         penalty = self.repetition_penalty
         if penalty is not None and not (math.isfinite(penalty) and penalty > 0):
             raise ValueError(f"repetition_penalty must be above 0 (1 switches it off), not {penalty}")
+
+    @classmethod
+    def of(cls, settings: GenerationSettings) -> Sampling:
+        """What the settings of generation ask for."""
+        s = settings
+        return cls(s.temperature, s.top_k, s.top_p, s.repetition_penalty, s.min_p)
 
 
 def top_k_filter(logits: Tensor, k: int) -> Tensor:

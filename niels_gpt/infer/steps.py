@@ -85,6 +85,7 @@ class Memory:
 
     @property
     def context(self) -> int:
+        """Positions that there is room for."""
         return self.engine.cache.T_max
 
     def begin(self, ids: list[int]) -> None:
@@ -124,8 +125,17 @@ class Writer:
         self._text = None if tokenizer is None else TextStream(tokenizer)
         self._begin = max(0, len(self.ids) - context)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there are more ids than the model may see."""
+        return len(self.ids) > self._context
+
+    def window(self) -> list[int]:
+        """The ids that the model sees of a sliding window: the last of them."""
+        return self.ids[-self._context :]
+
     def view(self) -> list[int]:
-        """The ids that the model sees: all since the last roll."""
+        """The ids that the model sees from a cache: all since the last roll."""
         if len(self.ids) - self._begin > self._context:
             self._begin = len(self.ids) - max(1, self._context // 2)
         return self.ids[self._begin :]
@@ -183,30 +193,39 @@ def stream_steps(
         context = min(context, memory.context)
     request = Request(prompt_ids, max_new_tokens, sampling, generator, stop_ids, banned_ids)
     writer = Writer(request, model, context, tokenizer)
+    if memory is None and use_cache:
+        window = min(context, len(writer.ids) + max_new_tokens)
+        unwatched = Watch.of(trace_layer, lens_n) is None
+        memory = Memory(model, context=window, weights=weights, native=native and unwatched)
+    return _written(
+        model, writer, memory, slide=rolling == "slide", trace_layer=trace_layer, top_n=top_n, lens_n=lens_n
+    )
 
-    def steps() -> Iterator[Step]:
-        with eval_mode(model):
-            watched = trace_layer is not None or lens_n > 0
-            own = memory
-            if own is None and use_cache:
-                window = min(context, len(writer.ids) + max_new_tokens)
-                own = Memory(model, context=window, weights=weights, native=native and not watched)
-            if own is not None and writer.left:
-                own.begin(writer.view())
-            while writer.left:
-                watch = None
-                if watched:
-                    watch = Watch(None if trace_layer is None else Trace(trace_layer), lens_n)
-                with torch.inference_mode():  # never around a yield: the mode would reach whoever reads the stream
-                    if own is None or (rolling == "slide" and len(writer.ids) > context):
-                        x = torch.tensor([writer.ids[-context:]], device=model.tok_emb.weight.device)
-                        expected = last_outlook(model, x, watch=watch)
-                    else:
-                        expected = own.outlook(writer.view(), watch)
-                    step = writer.write(expected, top_n=top_n, watch=watch)
-                yield step
 
-    return steps()
+def _written(
+    model: GPT,
+    writer: Writer,
+    memory: Memory | None,
+    *,
+    slide: bool,
+    trace_layer: int | None,
+    top_n: int,
+    lens_n: int,
+) -> Iterator[Step]:
+    """The steps of one text to its end. Without a memory, or where the window slides, each pass reads all of it."""
+    with eval_mode(model):
+        if memory is not None and writer.left:
+            memory.begin(writer.view())
+        while writer.left:
+            watch = Watch.of(trace_layer, lens_n)
+            with torch.inference_mode():  # never around a yield: the mode would reach whoever reads the stream
+                if memory is None or (slide and writer.is_full):
+                    x = torch.tensor([writer.window()], device=model.tok_emb.weight.device)
+                    expected = last_outlook(model, x, watch=watch)
+                else:
+                    expected = memory.outlook(writer.view(), watch)
+                step = writer.write(expected, top_n=top_n, watch=watch)
+            yield step
 
 
 def _check_watch(model: GPT, context: int | None, trace_layer: int | None, top_n: int, lens_n: int) -> int:

@@ -1,8 +1,8 @@
 """The parts of a GPT block: norms, attention and MLPs of every generation (see `config.Architecture`).
 
 Attention exists once. With a cache it reads what earlier calls stored; a traced call takes the explicit softmax and
-records it, a training row on a CPU goes through `native`, or in blocks where that is faster, every other call takes the
-fused kernel.
+records it, a float32 training row on a CPU goes through `native`, a short bf16 one there through the explicit softmax
+as well, every other call takes the fused kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from niels_gpt.config import Architecture, ModelConfig
-from niels_gpt.model.causal import blocks_are_faster, causal_attention
 from niels_gpt.model.native import ops as native
 from niels_gpt.model.rope import apply_rope, rope_cache
 
@@ -58,11 +57,25 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> the same shape and dtype."""
         if torch.is_grad_enabled() and native.usable(x, self.weight):
             return native.rms_norm(x, self.weight, self.eps)
         if x.device.type == "cpu" and x.dtype == self.weight.dtype and torch.is_grad_enabled():
             return _FewerPasses.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Dropout(nn.Module):
+    """Zeros with probability `rate` while training, the rest over 1 - rate (Srivastava et al. 2014)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        return native.dropout(x, self.rate) if native.usable(x) else F.dropout(x, self.rate)
 
 
 def build_norm(arch: Architecture, dim: int) -> nn.Module:
@@ -84,7 +97,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(cfg.C, cfg.C, bias=False)
         self.q_norm = RMSNorm(self.D) if arch.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.D) if arch.qk_norm else nn.Identity()
-        self.resid_dropout = nn.Dropout(cfg.dropout)
+        self.resid_dropout = Dropout(cfg.dropout)
         sin, cos = rope_cache(cfg.T, self.D, theta=cfg.rope_theta)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.register_buffer("rope_cos", cos, persistent=False)
@@ -118,9 +131,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(k, v)
         if mask is None and start and T > 1:
             mask = _causal_mask(T, k.shape[2], x.device)
-        if trace is None and mask is None and blocks_are_faster(q, k):
-            y = causal_attention(q, k, v)
-        elif trace is None and not _explicit_is_faster(q, k):
+        if trace is None and not _explicit_is_faster(q, k):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=self._kernel_dropout(x), is_causal=mask is None and T > 1
             )
@@ -166,9 +177,10 @@ class SwiGLU(nn.Module):
         self.fc_a = nn.Linear(cfg.C, cfg.d_ff, bias=arch.mlp_bias)
         self.fc_g = nn.Linear(cfg.C, cfg.d_ff, bias=arch.mlp_bias)
         self.fc_out = nn.Linear(cfg.d_ff, cfg.C, bias=arch.mlp_bias)
-        self.resid_dropout = nn.Dropout(cfg.dropout)
+        self.resid_dropout = Dropout(cfg.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) -> the same shape."""
         gate, value = self.fc_g(x), self.fc_a(x)
         if torch.is_grad_enabled() and native.usable(gate, value):
             return self.resid_dropout(self.fc_out(native.swiglu(gate, value)))
@@ -182,9 +194,10 @@ class GeluMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(cfg.C, cfg.d_ff, bias=arch.mlp_bias)
         self.fc2 = nn.Linear(cfg.d_ff, cfg.C, bias=arch.mlp_bias)
-        self.resid_dropout = nn.Dropout(cfg.dropout)
+        self.resid_dropout = Dropout(cfg.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) -> the same shape."""
         return self.resid_dropout(self.fc2(F.gelu(self.fc1(x))))
 
 
@@ -209,5 +222,6 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         first: Tensor | None = None,
     ) -> Tensor:
+        """x (B, T, C) -> (B, T, C); the others as in `CausalSelfAttention.forward`."""
         x = x + self.attn(self.ln1(x), cache, trace, mask, first)
         return x + self.mlp(self.ln2(x))

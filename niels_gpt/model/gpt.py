@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from niels_gpt.config import NEW, Architecture, ModelConfig
-from niels_gpt.model.blocks import Block, build_norm
-from niels_gpt.model.causal import stay_eager
+from niels_gpt.model.blocks import Block, Dropout, build_norm
 from niels_gpt.model.loss import IGNORED, cross_entropy_sum
 
 INIT_STD = 0.02
@@ -52,6 +51,7 @@ class Trace:
     attn_full: Tensor | None = None
 
     def record(self, probs: Tensor) -> None:
+        """Keep what was asked for of the probabilities (B, H, T, T_total) of this layer."""
         self.attn_row = probs[:, :, -1].detach()
         self.attn_full = probs.detach() if self.full else None
 
@@ -65,7 +65,7 @@ class GPT(nn.Module):
         self.activation_checkpointing = False
         self.compiled = False  # the blocks are, for training; evaluation and generation run them as they are
         self.tok_emb = nn.Embedding(cfg.V, cfg.C)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.drop = Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, arch) for _ in range(cfg.L))
         self.ln_f = build_norm(arch, cfg.C)
         self.lm_head = nn.Linear(cfg.C, cfg.V, bias=False)
@@ -84,10 +84,9 @@ class GPT(nn.Module):
         """Have `torch.compile` fuse each block's small operations from its next call on; names of weights stay.
 
         All blocks are one program, compiled once (docs/log.md has the seconds), where compiling the whole model unrolls
-        them. The cross-entropy and attention in blocks stay as they are: they are written out already.
+        them. The cross-entropy stays as it is: it is written out already.
         """
         self.compiled = True
-        stay_eager()
         for block in self.blocks:
             block.compile(backend=backend)
 

@@ -10,7 +10,7 @@ from typing import Any
 from niels_gpt.plan.cost import Costs, disk_bytes
 from niels_gpt.plan.law import Law, Prediction, Scale
 from niels_gpt.plan.limits import Limits
-from niels_gpt.plan.recipe import SFT_SHARE, Shape, Size, size_of, sized
+from niels_gpt.plan.recipe import SFT_SHARE, SHARES, Shape, Size, size_of, sized
 from niels_gpt.plan.text import Text
 from niels_gpt.settings import PHASES, PhaseSettings, Settings, validate_overrides
 from niels_gpt.train.start import eval_shape
@@ -18,9 +18,7 @@ from niels_gpt.train.start import eval_shape
 START_S = 8.0  # starting the program and loading its libraries
 PHASE_S = 2.5  # of a phase's time that no step gets: opening caches, warming up, saving
 EVALUATIONS = 2  # of a phase, one on the way and one at its end
-SPEED_ERROR = (
-    0.15  # a machine is that much slower or faster than a minute's measuring says, for all that it does besides
-)
+SPEED_ERROR = 0.15  # so much slower or faster a machine may turn out than a minute's measuring says
 EVALUATION_SHARE = 0.05  # of the time at most
 EVALUATED = 0.4  # time of an evaluated token over that of a trained one
 SAVE_S = 600.0  # between scheduled saves of a long phase
@@ -37,7 +35,6 @@ class Candidate:
 
     shape: Shape
     size: Size
-    dropout: float
     micro_B: int
     accum_steps: int
     sft_micro_B: int
@@ -88,7 +85,7 @@ def shapes(settings: Settings) -> list[Shape]:
 
 def candidates(question: Question, costs: Costs) -> list[Candidate]:
     """The best run of every size that fits, best first; ValueError if none does."""
-    found = [best for shape in shapes(question.settings) if (best := _best(question, costs, shape)) is not None]
+    found = [one for shape in shapes(question.settings) if (one := candidate_of(question, costs, shape)) is not None]
     if not found:
         machine = question.machine
         raise ValueError(
@@ -98,47 +95,35 @@ def candidates(question: Question, costs: Costs) -> list[Candidate]:
     return sorted(found, key=lambda c: (c.prediction.bpb, c.size.parameters))
 
 
-def _best(question: Question, costs: Costs, shape: Shape) -> Candidate | None:
-    """The run of a size that is predicted to end best, among dropouts; None if it does not fit."""
-    found = [candidate_of(question, costs, shape, dropout) for dropout in question.settings.plan.dropouts]
-    return min((c for c in found if c is not None), key=lambda c: (c.prediction.bpb, c.dropout), default=None)
+def candidate_of(question: Question, costs: Costs, shape: Shape) -> Candidate | None:
+    """One size with all the time there is, or less if that is predicted to end better; None if too large.
 
-
-def candidate_of(question: Question, costs: Costs, shape: Shape, dropout: float) -> Candidate | None:
-    """One size and dropout with all the time there is, or less if that is predicted to end better."""
-    cut = _that_fits(question, costs, shape, dropout)
+    ValueError if the time is over before training begins.
+    """
+    cut = _that_fits(question, costs, shape)
     if cut is None:
         return None
     overrides, settings = cut
     size, text = size_of(settings.model), question.text
-    rate = 1 / costs.seconds_per_token(size)
-    whole = 3600 * question.hours
+    pace = _Pace(settings, 1 / costs.seconds_per_token(size), costs.sft_speed)
     val_tokens = text.val_tokens(settings.data.val_pretrain_source)
-    evaluation = min(val_tokens * EVALUATED / rate, EVALUATION_SHARE * whole)
-    training = whole - text.tokenizer_s - text.caches_s - evaluation - START_S
-    if training < LEAST_TRAINING_S:
-        raise ValueError(
-            f"{question.hours:g} hours leave no time for training: tokenizer and caches alone take"
-            f" {text.tokenizer_s + text.caches_s:.0f} s; ask for more hours or give less text"
-        )
-    speeds = {"pretrain": rate, "sft": rate * costs.sft_speed}
-    lost = {p: PHASE_S + EVALUATIONS * _evaluated_tokens(settings, p) * EVALUATED / rate for p in speeds}
-    most = sum(speeds[p] * max(1.0, training * share - lost[p]) for p, share in _shares())
-    tokens = best_tokens(question.law, size, most, unique=text.unique_tokens, dropout=dropout)
-    seconds = {p: training * share * tokens / most for p, share in _shares()}
-    steps = {p: max(1, round(speeds[p] * max(1.0, seconds[p] - lost[p]) / step_tokens(settings, p))) for p in seconds}
+    evaluation = min(pace.evaluation_s(val_tokens), EVALUATION_SHARE * (3600 * question.hours))
+    training = _training_s(question, evaluation)
+    most = sum(pace.tokens({phase: training * share for phase, share in SHARES.items()}).values())
+    tokens = best_tokens(question.law, size, most, unique=text.unique_tokens)
+    seconds = {phase: training * share * tokens / most for phase, share in SHARES.items()}
+    steps = {phase: max(1, round(n / step_tokens(settings, phase))) for phase, n in pace.tokens(seconds).items()}
     overrides = _scheduled(overrides, steps, seconds)
     settings = validate_overrides(overrides)
     disk = disk_bytes(settings, steps, text.cache_bytes)
     if disk > question.machine.disk_bytes:
         return None
     read = tokens * (1 - SFT_SHARE * (1 - settings.data.replay_pretrain))
+    before = {"start": START_S, "tokenizer": text.tokenizer_s, "caches": text.caches_s}
     pretrain, sft = settings.training.pretrain, settings.training.sft
-    windows = int(evaluation * rate / EVALUATED / settings.model.T)
     return Candidate(
         shape=shape,
         size=size,
-        dropout=dropout,
         micro_B=pretrain.micro_B,
         accum_steps=pretrain.accum_steps,
         sft_micro_B=sft.micro_B,
@@ -149,21 +134,50 @@ def candidate_of(question: Question, costs: Costs, shape: Shape, dropout: float)
         tokens=tokens,
         epochs=read / text.unique_tokens,
         steps=steps,
-        tokens_per_s=rate,
+        tokens_per_s=pace.rate,
         measured=any(m.name == shape.name for m in costs.measured),
-        prediction=_prediction(question, size, tokens, dropout),
+        prediction=_prediction(question, size, tokens),
         peak_bytes=peak_bytes(question, costs, settings),
         disk_bytes=disk,
-        seconds={
-            "start": START_S,
-            "tokenizer": text.tokenizer_s,
-            "caches": text.caches_s,
-            **seconds,
-            "evaluation": evaluation,
-        },
-        evaluated_windows=None if windows * settings.model.T >= 0.98 * val_tokens else max(1, windows),
+        seconds={**before, **seconds, "evaluation": evaluation},
+        evaluated_windows=pace.windows(evaluation, val_tokens),
         overrides=overrides,
     )
+
+
+class _Pace:
+    """What one model does in a time: tokens trained, text evaluated."""
+
+    def __init__(self, settings: Settings, rate: float, sft_speed: float) -> None:
+        """rate: tokens/s of pretraining's steps, of which fine-tuning's are `sft_speed`."""
+        self.rate, self._T = rate, settings.model.T
+        self._speeds = {"pretrain": rate, "sft": rate * sft_speed}
+        self._lost = {p: PHASE_S + EVALUATIONS * self.evaluation_s(_evaluated_tokens(settings, p)) for p in PHASES}
+
+    def evaluation_s(self, tokens: float) -> float:
+        """Seconds that evaluating these tokens takes."""
+        return tokens * EVALUATED / self.rate
+
+    def windows(self, seconds: float, tokens: float) -> int | None:
+        """How many windows of a validation text of `tokens` are evaluated in a time; None: all of them."""
+        windows = int(seconds * self.rate / EVALUATED / self._T)
+        return None if windows * self._T >= 0.98 * tokens else max(1, windows)
+
+    def tokens(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """How many tokens each phase trains on in its seconds."""
+        return {p: self._speeds[p] * max(1.0, seconds[p] - self._lost[p]) for p in PHASES}
+
+
+def _training_s(question: Question, evaluation_s: float) -> float:
+    """What evaluation at the end and everything before training leave of the hours; ValueError if too little."""
+    text = question.text
+    left = 3600 * question.hours - text.tokenizer_s - text.caches_s - evaluation_s - START_S
+    if left < LEAST_TRAINING_S:
+        raise ValueError(
+            f"{question.hours:g} hours leave no time for training: tokenizer and caches alone take"
+            f" {text.tokenizer_s + text.caches_s:.0f} s; ask for more hours or give less text"
+        )
+    return left
 
 
 def peak_bytes(question: Question, costs: Costs, settings: Settings) -> float:
@@ -172,26 +186,20 @@ def peak_bytes(question: Question, costs: Costs, settings: Settings) -> float:
     return training + question.text.left_bytes if question.machine.device == "cpu" else training
 
 
-def _shares() -> tuple[tuple[str, float], ...]:
-    return ("pretrain", 1 - SFT_SHARE), ("sft", SFT_SHARE)
-
-
-def _prediction(question: Question, size: Size, tokens: float, dropout: float) -> Prediction:
+def _prediction(question: Question, size: Size, tokens: float) -> Prediction:
     """With the band of the curve, at the fewest and the most tokens that the time may come to."""
     said, fewest, most = (
-        question.law.predict(
-            size, tokens * factor, unique=question.text.unique_tokens, dropout=dropout, scale=question.scale
-        )
+        question.law.predict(size, tokens * factor, unique=question.text.unique_tokens, scale=question.scale)
         for factor in (1.0, 1 - SPEED_ERROR, 1 + SPEED_ERROR)
     )
     return Prediction(said.bpb, min(said.low, fewest.low, most.low), max(said.high, fewest.high, most.high))
 
 
-def best_tokens(law: Law, size: Size, most: float, *, unique: float, dropout: float) -> float:
+def best_tokens(law: Law, size: Size, most: float, *, unique: float) -> float:
     """How many tokens of at most `most` are predicted to end best: all of them, until reading again does harm."""
 
     def bits(log_tokens: float) -> float:
-        return law.curve(size, math.exp(log_tokens), unique=unique, dropout=dropout)
+        return law.curve(size, math.exp(log_tokens), unique=unique)
 
     low, high = math.log(most * SHORTEST), math.log(most)
     if bits(high) <= bits(high - 1e-3):
@@ -212,14 +220,12 @@ def _evaluated_tokens(settings: Settings, phase: str) -> int:
 def step_tokens(settings: Settings, phase: str) -> int:
     """Positions of one optimizer step."""
     options: PhaseSettings = getattr(settings.training, phase)
-    return options.micro_B * options.accum_steps * settings.model.T
+    return options.rows * settings.model.T
 
 
-def _that_fits(
-    question: Question, costs: Costs, shape: Shape, dropout: float
-) -> tuple[dict[str, Any], Settings] | None:
+def _that_fits(question: Question, costs: Costs, shape: Shape) -> tuple[dict[str, Any], Settings] | None:
     """The recipe's batch in the largest microbatches that fit, with all activations kept if possible."""
-    whole = sized(question.overrides, shape, dropout=dropout)
+    whole = sized(question.overrides, shape)
     rows = {p: whole["training"][p]["micro_B"] for p in PHASES}
     for checkpointing in (False, True):
         cut = 1

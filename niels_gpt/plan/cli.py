@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from niels_gpt import files
+from niels_gpt.command import exit_status
 from niels_gpt.plan.planning import LONGEST, SHORTEST, make_plan
 from niels_gpt.plan.table import show, wide_console
 from niels_gpt.train.prepare import step
@@ -30,17 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--seed must be between 0 and 2^63 - 1")
     if args.memory_gb is not None and not args.memory_gb > 0:
         parser.error("--memory-gb must be above 0")
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        files.discard_output()
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {files.explained(error)}", file=sys.stderr)
-        return 1
+    expected = (ValueError, OSError, RuntimeError)
+    return exit_status(lambda: _run(args), stopped="interrupted; nothing was written", expected=expected)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -52,7 +52,6 @@ class Law:
     excess: float  # overfitting: bits per byte that a model of ten million parameters loses in five epochs
     excess_size: float  # powers by which that grows with parameters
     excess_epochs: float  # and with epochs beyond the first
-    kept_by_dropout: float  # share of it that is left at dropout 0.1
     error: float
     beyond: float  # further error for every doubling of tokens or parameters beyond what was fitted
     parameters: tuple[float, float]  # N of the fitted runs, lowest and highest
@@ -73,26 +72,24 @@ class Law:
         """N."""
         return size.parameters - (1 - self.embedding) * size.embedding
 
-    def curve(self, size: Size, tokens: float, *, unique: float, dropout: float) -> float:
+    def curve(self, size: Size, tokens: float, *, unique: float) -> float:
         """Bits per byte of the text it was fitted to."""
         N = self.counted(size)
         fresh = effective_tokens(tokens, unique, self.repeats)
         learnt = self.E + self.A / N**self.a + self.B * (N / 1e6) ** self.c / fresh**self.b
-        return learnt + self.overfitting(N, tokens / unique, dropout)
+        return learnt + self.overfitting(N, tokens / unique)
 
-    def overfitting(self, N: float, epochs: float, dropout: float) -> float:
+    def overfitting(self, N: float, epochs: float) -> float:
         """What reading the same text again costs a model that can learn it by heart."""
         if epochs <= 1:
             return 0.0
         grown = (N / 1e7) ** self.excess_size * ((epochs - 1) / 4) ** self.excess_epochs
-        return float(self.excess * grown * self.kept_by_dropout ** (dropout / 0.1))
+        return float(self.excess * grown)
 
-    def predict(
-        self, size: Size, tokens: float, *, unique: float, dropout: float, scale: Scale | None = None
-    ) -> Prediction:
+    def predict(self, size: Size, tokens: float, *, unique: float, scale: Scale | None = None) -> Prediction:
         """Final validation bits per byte of the recipe on `tokens` tokens, of which `unique` are different."""
         scale = scale or Scale(KNOWN_TEXT, 0.0)
-        middle = scale.factor * self.curve(size, tokens, unique=unique, dropout=dropout)
+        middle = scale.factor * self.curve(size, tokens, unique=unique)
         error = self.error + self.beyond * self._doublings_beyond(size, tokens, unique) + scale.error
         return Prediction(middle, middle * math.exp(-2 * error), middle * math.exp(2 * error))
 

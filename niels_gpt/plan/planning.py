@@ -134,6 +134,7 @@ def on_sources(overrides: Mapping[str, Any], sources: Sequence[str]) -> dict[str
         "mix_pretrain": mix_of(names, primer, dict.fromkeys(others, 1.0)),
         "val_pretrain_source": others[0] if others else PRIMER,
         "caches": {
+            **overrides["data"].get("caches", {}),
             "pretrain_token_cache": "data/cache/plan/pretrain",
             "sft_token_cache": "data/cache/plan/sft",
         },

@@ -20,7 +20,7 @@ WARMUP, STEPS, SLOW_STEPS = 1, 5, 2  # of a trial; the last where a step is slow
 SLOW_S = 1.5
 PATIENCE_S = 60.0  # with the first trial: a plan from a slow one is better than none
 START_S = 6.0  # of a trial's process, until one has been seen
-MOST_TRIALS, FEWEST_TRIALS = 5, 2
+MOST_TRIALS = 5
 Runner = Callable[[Trial, float], Result]
 Say = Callable[[str], None]
 
@@ -35,7 +35,7 @@ def measure(
     say: Say,
     run: Runner = run_trial,
 ) -> Costs:
-    """Speeds and memory of some of the sizes, in about so many seconds.
+    """Speeds and memory of some of the sizes, in at most so many seconds after the first of them.
 
     rank: the sizes in the order of their promise, at what is known. Raises RuntimeError if not one trial succeeds.
     """
@@ -50,12 +50,12 @@ def measure(
         step_s = _expected_step(measured, settings)
         steps = STEPS if step_s < SLOW_S else SLOW_STEPS
         needed = start_s + (WARMUP + steps) * step_s
-        left = stop - time.monotonic()
-        if len(tried) >= FEWEST_TRIALS and needed > left:
+        left = stop - time.monotonic() - (0.0 if device == "cpu" else start_s)  # for the step of fine-tuning
+        if measured and needed > left:
             break
         say(f"measuring {shape.name} ({len(tried) + 1})")
         trial = replace(Trial.of(settings, device=device), steps_warmup=WARMUP, steps_measure=steps)
-        result = run(trial, max(left, 2 * needed) if measured else PATIENCE_S)
+        result = run(trial, left if measured else PATIENCE_S)
         tried.append(shape)
         if result.ok:
             measured.append(_measured(shape, settings, result))
@@ -89,7 +89,7 @@ def _sft_speed(
 
 
 def _settings(recipe: Mapping[str, Any], shape: Shape) -> Settings:
-    return validate_overrides(sized(recipe, shape, dropout=recipe["model"]["dropout"]))
+    return validate_overrides(sized(recipe, shape))
 
 
 def _measured(shape: Shape, settings: Settings, result: Result) -> Measured:
@@ -107,8 +107,7 @@ def _measured(shape: Shape, settings: Settings, result: Result) -> Measured:
 def _expected_step(measured: Sequence[Measured], settings: Settings) -> float:
     if not measured:
         return 0.5
-    options = settings.training.pretrain
-    tokens = options.micro_B * options.accum_steps * settings.model.T
+    tokens = settings.training.pretrain.rows * settings.model.T
     return tokens * Costs(measured).seconds_per_token(size_of(settings.model))
 
 
@@ -118,9 +117,6 @@ def _next(
     measured: Sequence[Measured],
     rank: Callable[[Costs], Sequence[Shape]],
 ) -> Shape | None:
-    """The most promising size that was not tried; after a failure only smaller ones."""
-    if not measured:
-        left = [s for s in shapes if s not in tried]
-        return left[0] if left else None
-    ranked = [s for s in rank(Costs(measured)) if s not in tried]
-    return ranked[0] if ranked else None
+    """The most promising size that was not tried; as long as none has worked, the smallest."""
+    order = rank(Costs(measured)) if measured else shapes
+    return next((shape for shape in order if shape not in tried), None)

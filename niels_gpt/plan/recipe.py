@@ -17,11 +17,12 @@ import torch
 from niels_gpt import paths
 from niels_gpt.config import ModelConfig
 from niels_gpt.model.gpt import GPT
-from niels_gpt.settings import PHASES, ModelSettings, load_overrides, model_config_of, validate_overrides
+from niels_gpt.settings import DATA_SEEDS, PHASES, ModelSettings, load_overrides, model_config_of, validate_overrides
 from niels_gpt.train.mfu import training_flops
 
 CONFIG = "configs/quickstart.json"
 SFT_SHARE = 0.6  # of the training budget; tuned in docs/log.md
+SHARES = {"pretrain": 1 - SFT_SHARE, "sft": SFT_SHARE}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def sized(
     recipe: Mapping[str, Any],
     shape: Shape,
     *,
-    dropout: float,
+    dropout: float | None = None,
     batch: float = 1.0,
     sft_batch: float = 1.0,
     adam: float = 1.0,
@@ -80,8 +81,8 @@ def sized(
 ) -> dict[str, Any]:
     """A recipe (`tuned`, perhaps on other sources) for another shape, as overrides.
 
-    batch, sft_batch: factors on the rows of a step, of both phases and of fine-tuning alone. adam, muon: factors on the
-    learning rates that the recipe would choose.
+    dropout: None for the recipe's. batch, sft_batch: factors on the rows of a step, of both phases and of fine-tuning
+    alone. adam, muon: factors on the learning rates that the recipe would choose.
     """
     factor = adam * min(1.0, recipe["model"]["C"] / shape.width)
     training = {**recipe["training"]}
@@ -91,17 +92,19 @@ def sized(
             given[rate] = _rounded(given[rate] * factor)
         given["muon_lr"] = _rounded(given["muon_lr"] * muon)
         given["micro_B"] = max(1, round(given["micro_B"] * batch * (sft_batch if phase == "sft" else 1.0)))
-    return {**recipe, "model": {**recipe["model"], **shape.settings(), "dropout": dropout}, "training": training}
+    model = {**recipe["model"], **shape.settings()}
+    if dropout is not None:
+        model["dropout"] = dropout
+    return {**recipe, "model": model, "training": training}
 
 
 def with_steps(overrides: Mapping[str, Any], tokens: float) -> dict[str, Any]:
     """The recipe with a number of tokens instead of a time budget; each phase ends its schedule after its share."""
     settings = validate_overrides(overrides)
     training = {**overrides["training"]}
-    for phase, share in (("pretrain", 1 - SFT_SHARE), ("sft", SFT_SHARE)):
+    for phase, share in SHARES.items():
         options = getattr(settings.training, phase)
-        rows = options.micro_B * options.accum_steps
-        steps = max(1, round(tokens * share / (rows * settings.model.T)))
+        steps = max(1, round(tokens * share / (options.rows * settings.model.T)))
         warmup = round(steps * options.warmup_steps / options.total_steps)
         training[phase] = {**training[phase], "minutes": None, "total_steps": steps, "warmup_steps": warmup}
     return {**overrides, "training": training}
@@ -110,7 +113,7 @@ def with_steps(overrides: Mapping[str, Any], tokens: float) -> dict[str, Any]:
 def with_minutes(overrides: Mapping[str, Any], minutes: float) -> dict[str, Any]:
     """The recipe on a time budget, of which fine-tuning has its share."""
     training = {**overrides["training"]}
-    for phase, share in (("pretrain", 1 - SFT_SHARE), ("sft", SFT_SHARE)):
+    for phase, share in SHARES.items():
         training[phase] = {**training[phase], "minutes": minutes * share}
     return {**overrides, "training": training}
 
@@ -121,8 +124,8 @@ def seeded(overrides: Mapping[str, Any], seed: int) -> dict[str, Any]:
     for phase in PHASES:
         training[phase] = {**training[phase], "seed": seed}
     data = {**overrides["data"]}
-    for source, key in (("chitchat", "split_seed"), ("primer", "seed")):
-        data[source] = {**data.get(source, {}), key: seed}
+    for section, key in DATA_SEEDS:
+        data[section] = {**data.get(section, {}), key: seed}
     return {**overrides, "training": training, "data": data}
 
 

@@ -6,7 +6,6 @@ stands what was planned beside what came of it; both are kept in the folders of 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,9 +20,11 @@ from niels_gpt import files, paths
 from niels_gpt.cache.pretrain import open_mix
 from niels_gpt.device import choose_precision, peak_memory, resolve_device
 from niels_gpt.eval import bits_per_byte
+from niels_gpt.plan.candidates import step_tokens
 from niels_gpt.plan.planning import read_plan
 from niels_gpt.plan.table import clock
 from niels_gpt.settings import PHASES, Settings, validate_overrides
+from niels_gpt.train.distributed import is_torchrun
 from niels_gpt.train.pipeline import run_pipeline
 from niels_gpt.train.prepare import Say, make_caches, make_tokenizer, set_other_runs_aside, step
 from niels_gpt.train.start import TimeLimit
@@ -38,7 +39,7 @@ def run_planned(path: Path, *, device: str | None = None, no_resume: bool = Fals
 
     Raises: FileNotFoundError or ValueError for a file that is no plan, and what preparing and training raise.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_torchrun():
         raise ValueError("a plan is for one process; start it without torchrun")
     began = psutil.Process().create_time()
     record = read_plan(path)
@@ -48,7 +49,7 @@ def run_planned(path: Path, *, device: str | None = None, no_resume: bool = Fals
     total = chosen["total_seconds"]
     console.print(f"{path}: {chosen['name']}, {clock(total)} in {Path.cwd()}", markup=False)
     tokenizer = step(console, "1/4 tokenizer", lambda say: make_tokenizer(settings, record["seed"], say))
-    step(console, "2/4 caches", lambda say: make_caches(settings, record["seed"], tokenizer, say))
+    step(console, "2/4 caches", lambda say: make_caches(settings, tokenizer, say))
     set_other_runs_aside(settings, console, any_budget=True)
     planned = chosen["seconds"]
     left = total - (time.time() - began) - planned["evaluation"]
@@ -67,19 +68,14 @@ def run_planned(path: Path, *, device: str | None = None, no_resume: bool = Fals
         "peak_bytes": peak_memory(chosen_device),
         "disk_bytes": disk_use(_made(settings)),
         "bpb": bits,
-        "steps": {phase: done[phase]["final_step"] for phase in PHASES if phase in done},
-        "tokens": sum(_positions(settings, phase, done[phase]["final_step"]) for phase in PHASES if phase in done),
+        "steps": {phase: result["final_step"] for phase, result in done.items()},
+        "tokens": sum(result["final_step"] * step_tokens(settings, phase) for phase, result in done.items()),
     }
     _keep({**record, "actual": actual})
     console.print(comparison(chosen, actual))
     best = paths.CHECKPOINT_DIR / "best.pt"
     console.print(f"talk to it: niels-gpt chat --ckpt {best}", markup=False)
     return actual
-
-
-def _positions(settings: Settings, phase: str, steps: int) -> int:
-    options = getattr(settings.training, phase)
-    return int(steps * options.micro_B * options.accum_steps * settings.model.T)
 
 
 def _bits(settings: Settings, device: str, windows: int | None, say: Say) -> float:

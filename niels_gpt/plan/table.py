@@ -7,6 +7,7 @@ from rich.table import Table
 
 from niels_gpt.plan.candidates import Candidate
 from niels_gpt.plan.planning import Plan
+from niels_gpt.train.report import duration
 
 WIDTH = 132  # columns that the table needs; a narrower terminal wraps its lines and cuts nothing
 
@@ -48,9 +49,8 @@ def _table(plan: Plan, shown: int) -> Table:
 def _cells(c: Candidate) -> tuple[str, ...]:
     p = c.prediction
     batch = f"{c.micro_B}" + (f"x{c.accum_steps}" if c.accum_steps > 1 else "") + ("c" if c.checkpointing else "")
-    drop = f" drop {c.dropout:g}" if c.dropout else ""
     return (
-        c.shape.name + drop,
+        c.shape.name,
         f"{c.size.parameters / 1e6:,.2f} M",
         f"{p.bpb:.3f} ({p.low:.3f}-{p.high:.3f})",
         f"{c.tokens / 1e6:,.2f} M",
@@ -83,8 +83,4 @@ def remarks(plan: Plan) -> list[str]:
 
 def clock(seconds: float) -> str:
     """`1:02:05`, `3:07`, `42 s`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{seconds:.0f} s" if seconds < 60 else duration(seconds)

@@ -6,6 +6,8 @@ ValueError, one line per problem), `legacy` translates old config layouts, `doc`
 
 from niels_gpt.settings.data import (
     BYTE_VOCABULARY,
+    DATA_SEEDS,
+    DIALOGUE_DELIMITER,
     PRETRAIN_SOURCES,
     SFT_SOURCES,
     DataSettings,
@@ -38,6 +40,8 @@ from niels_gpt.settings.tree import (
 
 __all__ = [
     "BYTE_VOCABULARY",
+    "DATA_SEEDS",
+    "DIALOGUE_DELIMITER",
     "PHASES",
     "PIECE_IDS",
     "PRETRAIN_SOURCES",

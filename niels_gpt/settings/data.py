@@ -8,7 +8,9 @@ from pydantic import Strict, field_validator, model_validator
 
 from niels_gpt.settings.fields import (
     MANY,
+    MAX_ID,
     MAX_INT64,
+    MAX_VOCAB_SIZE,
     MIX_TOLERANCE,
     FilePath,
     Mix,
@@ -21,6 +23,7 @@ from niels_gpt.settings.fields import (
 from niels_gpt.special_tokens import SPECIAL_TOKEN_IDS, SPECIAL_TOKENS
 
 BYTE_VOCABULARY = 256
+DIALOGUE_DELIMITER = "\n\n<dialogue>\n\n"  # of the shipped primer.txt
 PretrainSource = Literal["wikitext", "fineweb_edu", "gutenberg", "roam", "chitchat", "primer", "text", "wiki_summaries"]
 PRETRAIN_SOURCES: tuple[str, ...] = get_args(PretrainSource)
 SFT_SOURCES = ("dolly15k", "oasst1", "primer", "chitchat", "jsonl")
@@ -30,10 +33,10 @@ StreamSources = Annotated[tuple[StreamSource, ...], Strict(False)]
 
 
 class SpecialTokenIds(Section):
-    sys: int = knob(SPECIAL_TOKEN_IDS["sys"], "id that opens a system turn", ge=0, le=65534)
-    usr: int = knob(SPECIAL_TOKEN_IDS["usr"], "id that opens a user turn", ge=0, le=65534)
-    asst: int = knob(SPECIAL_TOKEN_IDS["asst"], "id that opens an assistant turn", ge=0, le=65534)
-    eot: int = knob(SPECIAL_TOKEN_IDS["eot"], "id that ends every turn", ge=0, le=65534)
+    sys: int = knob(SPECIAL_TOKEN_IDS["sys"], "id that opens a system turn", ge=0, le=MAX_ID)
+    usr: int = knob(SPECIAL_TOKEN_IDS["usr"], "id that opens a user turn", ge=0, le=MAX_ID)
+    asst: int = knob(SPECIAL_TOKEN_IDS["asst"], "id that opens an assistant turn", ge=0, le=MAX_ID)
+    eot: int = knob(SPECIAL_TOKEN_IDS["eot"], "id that ends every turn", ge=0, le=MAX_ID)
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -45,7 +48,7 @@ class SpecialTokenIds(Section):
 class TokenizerSettings(Section):
     type: Literal["bpe", "unigram", "byte"] = knob("bpe", "kind of tokenizer; byte needs no file and V = 256")
     model_path: FilePath = knob("artifacts/tokenizer/v2/spm.model", "SentencePiece model file")
-    vocab_size: int = knob(16000, "pieces of a newly trained tokenizer", ge=BYTE_VOCABULARY, le=65535)
+    vocab_size: int = knob(16000, "pieces of a newly trained tokenizer", ge=BYTE_VOCABULARY, le=MAX_VOCAB_SIZE)
     tokenizer_sha256: str | None = knob(None, "expected hash of the model file; null = any", pattern="^[0-9a-f]{64}$")
     special_tokens: dict[str, str] = knob(SPECIAL_TOKENS, "the four sentinel literals; shown, never changed")
     expected_special_token_ids: SpecialTokenIds = section(SpecialTokenIds, "ids the sentinels must have in the file")
@@ -159,7 +162,7 @@ class ChitchatSettings(Section):
 class PrimerSettings(Section):
     path: FilePath = knob("data/primer.txt", "primer dialogues as text, for pretraining")
     jsonl_path: FilePath = knob("data/primer.jsonl", "primer dialogues as chats, for fine-tuning")
-    delimiter: Text = knob("\n\n<dialogue>\n\n", "what separates dialogues in the text file")
+    delimiter: Text = knob(DIALOGUE_DELIMITER, "what separates dialogues in the text file")
     val_frac: float = knob(0.1, "share of the dialogues kept for validation", ge=0, lt=1)
     seed: int = knob(42, "seed of the split", ge=0, le=MAX_INT64)
     t_max: int = knob(1024, "longest conversation in the chat cache, in tokens; the oldest go", ge=2, le=MANY)
@@ -226,6 +229,15 @@ class DataSettings(Section):
     @classmethod
     def _sft_mix(cls, mix: Mix) -> Mix:
         return checked_mix(mix, SFT_SOURCES)
+
+
+# (section, key) of every seed of the data: those of splits and shuffles.
+DATA_SEEDS = tuple(
+    (name, key)
+    for name, field in DataSettings.model_fields.items()
+    for key in getattr(field.annotation, "model_fields", {})
+    if key in ("seed", "split_seed")
+)
 
 
 def checked_mix(mix: Mix, sources: tuple[str, ...]) -> Mix:

@@ -11,10 +11,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, Stri
 MANY = 2**31 - 1  # a bound that only stops nonsense
 MAX_INT64 = 2**63 - 1
 MIX_TOLERANCE = 1e-6
+MAX_VOCAB_SIZE = 65535  # ids are cached as uint16
+MAX_ID = MAX_VOCAB_SIZE - 1
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 FilePath = Annotated[Text, BeforeValidator(lambda v: os.fspath(v) if isinstance(v, Path) else v)]
-TokenIds = Annotated[tuple[Annotated[int, Field(ge=0, le=65534)], ...], Strict(False)]
+TokenIds = Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_ID)], ...], Strict(False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=MANY)], ...], Strict(False)]
 Texts = Annotated[tuple[Text, ...], Strict(False)]

@@ -96,7 +96,8 @@ class ResolvedSettings:
     @property
     def training(self) -> PhaseSettings:
         """The settings of this phase."""
-        return self.settings.training.pretrain if self.phase == "pretrain" else self.settings.training.sft
+        options: PhaseSettings = getattr(self.settings.training, self.phase)
+        return options
 
     def record(self) -> dict[str, Any]:
         """The content of resolved_settings.json, plain JSON values."""
@@ -144,21 +145,10 @@ def resolve_settings(
     source = overrides_path if overrides is None else overrides
     given = _with_flags(load_overrides(source), flags or {})
     settings = validate_overrides(given)
-    run_id = run_id or new_run_id()
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", run_id):
-        raise ValueError(f"run_id {run_id!r:.80} must be letters, digits, '.', '_' and '-': it names a folder")
-    tokenizer = settings.tokenizer
-    has_specials = tokenizer.type != "byte"
-    if has_specials and tokenizer.vocab_size > settings.model.V:
-        print(
-            f"warning: tokenizer.vocab_size={tokenizer.vocab_size} is more than model.V={settings.model.V}: "
-            "a text with an id of V or above cannot be trained on",
-            file=sys.stderr,
-        )
-    ids: dict[str, int] = tokenizer.expected_special_token_ids.model_dump() if has_specials else {}
-    model = settings.model
+    run_id = _checked_run_id(run_id or new_run_id())
+    model, tokenizer, training = settings.model, settings.tokenizer, getattr(settings.training, phase)
+    ids = _special_token_ids(settings)
     resolved_path = paths.RUNS_DIR / run_id / "resolved_settings.json" if write_resolved else None
-    training = settings.training.pretrain if phase == "pretrain" else settings.training.sft
     resolved = ResolvedSettings(
         settings=settings,
         model_cfg=model_config_of(model),
@@ -173,7 +163,7 @@ def resolve_settings(
         run_id=run_id,
         resolved_path=resolved_path,
         tokenizer_sha256=_tokenizer_sha256(tokenizer),
-        tokenizer_meta={**PIECE_IDS, "expected_special_token_ids": ids} if has_specials else {},
+        tokenizer_meta={**PIECE_IDS, "expected_special_token_ids": ids} if ids else {},
         generated_at_utc=datetime.now(UTC).isoformat(),
     )
     if resolved_path is not None:
@@ -193,6 +183,26 @@ def _with_flags(overrides: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[
 def new_run_id() -> str:
     """UTC `YYYYmmdd-HHMMSS-` and 8 random hex digits."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+
+
+def _checked_run_id(run_id: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", run_id):
+        raise ValueError(f"run_id {run_id!r:.80} must be letters, digits, '.', '_' and '-': it names a folder")
+    return run_id
+
+
+def _special_token_ids(settings: Settings) -> dict[str, int]:
+    """Name -> id of the sentinels, {} for bytes; warns of a vocabulary that is larger than the model's."""
+    tokenizer, V = settings.tokenizer, settings.model.V
+    if tokenizer.type == "byte":
+        return {}
+    if tokenizer.vocab_size > V:
+        print(
+            f"warning: tokenizer.vocab_size={tokenizer.vocab_size} is more than model.V={V}: "
+            "a text with an id of V or above cannot be trained on",
+            file=sys.stderr,
+        )
+    return tokenizer.expected_special_token_ids.model_dump()
 
 
 def tokenizer_file(tokenizer: TokenizerSettings) -> Path | None:

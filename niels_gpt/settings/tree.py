@@ -8,7 +8,19 @@ from pydantic import BeforeValidator, Field, Strict, field_validator, model_vali
 
 from niels_gpt.config import ModelConfig, TrainConfig
 from niels_gpt.settings.data import BYTE_VOCABULARY, DataSettings, TokenizerSettings
-from niels_gpt.settings.fields import MANY, MAX_INT64, Beta, Section, Sizes, Text, TokenIds, knob, section
+from niels_gpt.settings.fields import (
+    MANY,
+    MAX_ID,
+    MAX_INT64,
+    MAX_VOCAB_SIZE,
+    Beta,
+    Section,
+    Sizes,
+    Text,
+    TokenIds,
+    knob,
+    section,
+)
 
 MatmulPrecision = Literal["highest", "high", "medium"]
 Metric = Literal["pretrain_val_loss", "sft_val_loss", "weighted"]
@@ -29,7 +41,7 @@ class AttentionSettings(Section):
 
 
 class ModelSettings(Section):
-    V: int = knob(16000, "vocabulary size: ids are 0..V-1", ge=1, le=65535)
+    V: int = knob(16000, "vocabulary size: ids are 0..V-1", ge=1, le=MAX_VOCAB_SIZE)
     T: int = knob(512, "context length, tokens", ge=1, le=2**20)
     C: int = knob(384, "residual width", ge=1, le=2**16)
     L: int = knob(8, "number of blocks", ge=1, le=1024)
@@ -105,6 +117,11 @@ class PhaseSettings(Section):
             raise ValueError('best_metric "weighted" and best_metric_weights need each other; set both or neither')
         return self
 
+    @property
+    def rows(self) -> int:
+        """Rows of one optimizer step, over all its microbatches."""
+        return self.micro_B * self.accum_steps
+
 
 class SftPhaseSettings(PhaseSettings):
     """Fine-tuning: shorter and gentler."""
@@ -153,7 +170,7 @@ class GenerationSettings(Section):
     repetition_penalty: float | None = knob(None, "divide the odds of tokens already seen; null = off", gt=0, le=100)
     weights: Weights = knob("fp32", "matrices while replying on a CPU: fp16 and int8 are faster, int8 a little worse")
     native_decoder: bool = knob(True, "reply with compiled code where a C++ compiler is found; false = PyTorch only")
-    stop_token_id: int | None = knob(None, "id that ends a reply; null = the end-of-turn sentinel", ge=0, le=65534)
+    stop_token_id: int | None = knob(None, "id that ends a reply; null = the end-of-turn sentinel", ge=0, le=MAX_ID)
     banned_token_ids: TokenIds | None = knob(None, "ids never sampled; null = the role sentinels")
 
 
@@ -206,9 +223,6 @@ PLAN_SIZES = tuple(
 class PlanSettings(Section):
     sizes: Annotated[tuple[ModelDims, ...], Strict(False)] = knob(
         PLAN_SIZES, "models a plan chooses from", min_length=1
-    )
-    dropouts: Annotated[tuple[float, ...], Strict(False)] = knob(
-        (0.0,), "dropout probabilities a plan chooses from", min_length=1
     )
     probe_s: float = knob(60.0, "longest measurement before a plan, seconds", gt=0, le=3600)
     shown: int = knob(6, "candidates a plan shows", ge=1, le=100)

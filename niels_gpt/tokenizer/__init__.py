@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from niels_gpt.settings import Settings, tokenizer_file
 from niels_gpt.tokenizer.contract import Device, Ids, TextStream, Tokenizer
 from niels_gpt.tokenizer.models import ByteTokenizer, SentencePieceTokenizer, missing_tokenizer
 from niels_gpt.tokenizer.training import MODEL_TYPES, train_tokenizer
@@ -32,6 +33,7 @@ __all__ = [
     "get_default_tokenizer",
     "load_tokenizer",
     "missing_tokenizer",
+    "open_tokenizer",
     "train_tokenizer",
 ]
 
@@ -43,6 +45,22 @@ def load_tokenizer(
 ) -> SentencePieceTokenizer:
     """Load a SentencePiece model; errors as for `SentencePieceTokenizer`."""
     return SentencePieceTokenizer(path, expected_special_token_ids=expected_special_token_ids)
+
+
+def open_tokenizer(settings: Settings, path: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of the settings, or the model at `path`, whose sentinels must have the settings' ids.
+
+    Raises:
+        FileNotFoundError: there is none; the message says how to make one.
+        ValueError: as for `SentencePieceTokenizer`.
+    """
+    chosen = settings.tokenizer
+    if path is None and chosen.type == "byte":
+        return ByteTokenizer()
+    found = tokenizer_file(chosen) if path is None else path
+    if found is None:
+        raise FileNotFoundError(missing_tokenizer(Path(chosen.model_path), chosen.vocab_size))
+    return load_tokenizer(found, chosen.expected_special_token_ids.model_dump())
 
 
 def get_default_tokenizer() -> SentencePieceTokenizer:

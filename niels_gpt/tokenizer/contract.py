@@ -65,6 +65,7 @@ class TextStream:
 
 
 def valid_unicode(text: str) -> str:
+    """The text with U+FFFD for every half of a surrogate pair, which UTF-8 cannot hold."""
     if text.isascii():
         return text
     try:
@@ -75,6 +76,7 @@ def valid_unicode(text: str) -> str:
 
 
 def checked(ids: Ids, vocab_size: int) -> Sequence[int]:
+    """The ids as a sequence; ValueError if they are not 1-D integers in 0..vocab_size - 1."""
     if not isinstance(ids, Sequence):
         if ids.ndim != 1 or "int" not in str(ids.dtype):
             raise ValueError(f"ids must be a 1-D integer tensor, not {ids.dtype} of shape {tuple(ids.shape)}")

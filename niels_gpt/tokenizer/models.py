@@ -142,9 +142,11 @@ class SentencePieceTokenizer:
         return bool(self._sp.is_byte(checked([token_id], self.vocab_size)[0]))
 
     def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes of an id, perhaps part of a character; b"" for specials."""
         return self._bytes[checked([token_id], self.vocab_size)[0]]
 
     def special_token_ids(self) -> dict[str, int]:
+        """Name -> id of the four sentinels."""
         return dict(self._special_ids)
 
 
@@ -158,9 +160,11 @@ class ByteTokenizer:
     drops_leading_blanks = False
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text: its bytes."""
         return list(valid_unicode(text).encode("utf-8"))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`[encode(text) for text in texts]`."""
         return [self.encode(text) for text in texts]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -176,9 +180,11 @@ class ByteTokenizer:
         return bytes(checked(ids, self.vocab_size)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
+        """The byte."""
         return bytes(checked([token_id], self.vocab_size))
 
     def special_token_ids(self) -> dict[str, int]:
+        """None: {}."""
         return {}
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from niels_gpt import files
+from niels_gpt.command import exit_status
 from niels_gpt.tokenizer.corpus import add_fineweb_flags, byte_count, n_bytes, settings_of, source_corpus
 
 
@@ -84,21 +85,16 @@ def _budget(text: str) -> int:
 
 
 def _run(args: argparse.Namespace, source: str, *, between: str, after: str, trim: bool) -> int:
-    try:
+    def work() -> None:
         corpus = source_corpus(source, settings_of(args), budget=sys.maxsize)  # the file has the budget
         with _shown() as progress:
             made = write_sample(
                 _cleaned(corpus), args.out, args.bytes, between=between, after=after, trim=trim, progress=progress
             )
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    print(f"wrote {made.texts:,} texts, {made.n_bytes:,} bytes, to {args.out}")
-    print(f"sha256 {made.sha256}")
-    return 0
+        print(f"wrote {made.texts:,} texts, {made.n_bytes:,} bytes, to {args.out}")
+        print(f"sha256 {made.sha256}")
+
+    return exit_status(work, stopped="stopped; nothing was written")
 
 
 def _cleaned(texts: Iterable[str]) -> Iterator[str]:

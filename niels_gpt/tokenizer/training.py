@@ -10,12 +10,12 @@ from typing import Any
 import sentencepiece
 
 from niels_gpt import files, spm_training
+from niels_gpt.settings.fields import MAX_VOCAB_SIZE
 from niels_gpt.special_tokens import SPECIAL_TOKEN_IDS
 from niels_gpt.tokenizer.contract import valid_unicode
 from niels_gpt.tokenizer.models import SentencePieceTokenizer
 
 MODEL_TYPES = ("bpe", "unigram")
-MAX_VOCAB_SIZE = 65535  # ids are cached as uint16
 
 
 def train_tokenizer(
@@ -45,11 +45,7 @@ def train_tokenizer(
         raise ValueError(f"unknown model_type {model_type!r}; choose one of {', '.join(MODEL_TYPES)}")
     if vocab_size > MAX_VOCAB_SIZE:
         raise ValueError(f"vocab_size {vocab_size} is above {MAX_VOCAB_SIZE}, the largest that fits the token caches")
-    digest = hashlib.sha256()
-    kept: list[str] = []
-    for text in texts:
-        kept.append(valid_unicode(text).replace("\r\n", "\n"))
-        digest.update(kept[-1].encode("utf-8") + b"\n")
+    kept = [valid_unicode(text).replace("\r\n", "\n") for text in texts]
     if not any(text.strip() for text in kept):
         raise ValueError("there is no text to train a tokenizer on")
     model = spm_training.train_model(kept, vocab_size, model_type)
@@ -61,7 +57,7 @@ def train_tokenizer(
         "special_tokens": tokenizer.special_token_ids(),
         "seed": seed,
         "sentencepiece_version": sentencepiece.__version__,
-        "inputs_sha256": digest.hexdigest(),
+        "inputs_sha256": _lines_sha256(kept),
         "tokenizer_sha256": tokenizer.sha256,
     }
     out_dir = Path(out_dir)
@@ -69,3 +65,11 @@ def train_tokenizer(
     files.write_json(out_dir / "tokenizer_meta.json", meta)
     files.write_bytes(out_dir / "spm.model", model)
     return out_dir / "spm.model"
+
+
+def _lines_sha256(texts: Iterable[str]) -> str:
+    """Of all texts, a line break after each."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8") + b"\n")
+    return digest.hexdigest()

@@ -124,7 +124,8 @@ class Budget:
         return max(0.0, self._left())
 
     def done(self, step: int) -> bool:
-        return self.progress(step) >= 1.0
+        """Whether the run is over after `step` steps; never before the first, however little time there was."""
+        return step > 0 and self.progress(step) >= 1.0
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of the step about to be taken (0-based)."""

@@ -232,7 +232,7 @@ class Loop:
         self.last_evals, self._evaluated_now = found, self.state.step
         sample = self._sample()
         metric = self.job.metric(found) if found else math.nan
-        if not math.isfinite(metric):
+        if found and not math.isfinite(metric):
             name = self.options.best_metric
             self.reporter.warn(f"step {self.state.step}: {name} is no finite number, so this is not the best")
         best = self.state.best_val_loss

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from niels_gpt.files import write_text
+from niels_gpt.files import whole_json_lines, write_text
 
 
 class MetricsFile:
@@ -80,12 +80,4 @@ def _finite(value: Any) -> Any:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Entries of a metrics file, [] if there is none; a line that a power cut left half-written is passed over."""
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(entry, dict) and "phase" in entry and "step" in entry:
-            entries.append(entry)
-    return entries
+    return [entry for entry in whole_json_lines(path) if "phase" in entry and "step" in entry]

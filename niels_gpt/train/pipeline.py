@@ -88,7 +88,7 @@ def shares(limit: TimeLimit, pretrain_config: Config) -> dict[str, TimeLimit]:
     if limit.minutes is not None:
         return {"pretrain": TimeLimit(limit.minutes * (1 - share)), "sft": TimeLimit(limit.minutes * share)}
     assert limit.deadline is not None
-    now, spent = time.time(), _spent("pretrain")
+    now, spent = time.time(), _pretrain_seconds()
     total = spent + limit.deadline - now
     return {"pretrain": TimeLimit(None, now + max(0.0, total * (1 - share) - spent)), "sft": limit}
 
@@ -97,13 +97,13 @@ def _what_is_left(whole: TimeLimit, share: TimeLimit) -> TimeLimit:
     """What pretraining has left of the limit, or fine-tuning's share if it has left nothing."""
     if whole.minutes is None:
         return whole
-    left = whole.minutes - _spent("pretrain") / 60
+    left = whole.minutes - _pretrain_seconds() / 60
     return TimeLimit(left) if left > 0 else share
 
 
-def _spent(phase: str) -> float:
-    """Seconds that the newest checkpoint of a phase says were used, over all its sessions."""
-    return float(_newest_record(phase).get("elapsed_s", 0.0))
+def _pretrain_seconds() -> float:
+    """Seconds that pretraining has used, over all its sessions, by its newest checkpoint."""
+    return float(_newest_record("pretrain").get("elapsed_s", 0.0))
 
 
 def _newest_record(phase: str) -> dict[str, Any]:

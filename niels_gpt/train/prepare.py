@@ -81,17 +81,17 @@ def _none(settings: Settings, split: str) -> Iterator[Document]:
     return iter(())
 
 
-def make_caches(settings: Settings, seed: int, tokenizer: SentencePieceTokenizer, say: Say) -> None:
+def make_caches(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> None:
     """Build the token caches of both phases; each is kept if data, split and tokenizer are the same."""
     caches, reused, tokens = settings.data.caches, 0, 0
     for name in sorted(settings.data.mix_pretrain):
         say(f"{name} text")
-        meta = build_pretrain(settings, tokenizer, name, root=caches.pretrain_token_cache, seed=seed)
+        meta = build_pretrain(settings, tokenizer, name, root=caches.pretrain_token_cache)
         reused += bool(meta.get("reused"))
         tokens += meta["train_tokens"]
     for name in sorted(settings.data.mix_sft):
         say(f"{name} chats")
-        meta = build_sft(settings, tokenizer, name, root=caches.sft_token_cache, seed=seed)
+        meta = build_sft(settings, tokenizer, name, root=caches.sft_token_cache)
         reused += bool(meta.get("reused"))
     total = len(settings.data.mix_pretrain) + len(settings.data.mix_sft)
     kept = f", {reused} of {total} caches reused" if reused else ""
@@ -118,7 +118,7 @@ def set_other_runs_aside(settings: Settings, console: Console, *, any_budget: bo
 
 def _is_same_run(settings: Settings, any_budget: bool) -> bool:
     """Whether the checkpoints here were made with these settings from these caches, and may be gone on with."""
-    found = [path for phase in ("pretrain", "sft") if (path := ckpt.newest_good(phase)) is not None]
+    found = [path for phase in PHASES if (path := ckpt.newest_good(phase)) is not None]
     wanted = settings.model_dump(mode="json")
     for path in found:
         record = ckpt.load_checkpoint(path, device="cpu")["resume"] or {}

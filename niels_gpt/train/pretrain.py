@@ -33,8 +33,7 @@ def run_pretrain(
 ) -> dict[str, Any]:
     """Train a model from scratch, or on from its newest checkpoint.
 
-    config: a settings file, a settings-shaped dict, or None. Returns final_step, best_val_loss, last_val_loss,
-    latest_path, best_path.
+    config: a settings file, a settings-shaped dict, or None. Returns `TrainResult.record` and last_val_loss.
     """
     start = start_phase(
         PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit, world=world
@@ -48,15 +47,7 @@ def run_pretrain(
     finally:
         reporter.close()
     last = result.last_evals.get(start.settings.data.val_pretrain_source)
-    return {
-        "final_step": result.state.step,
-        "best_val_loss": result.state.best_val_loss,
-        "last_val_loss": last.loss if last is not None else None,
-        "latest_path": result.latest_path,
-        "best_path": result.best_path,
-        "tokens_seen": result.state.tokens_seen,
-        "seconds": result.elapsed,
-    }
+    return {**result.record(), "last_val_loss": last.loss if last is not None else None}
 
 
 def pretrain_job(start: Start) -> Job:

@@ -114,11 +114,10 @@ class Reporter:
         options, precision = loop.options, loop.precision
         self._log_every, self._board_every = options.log_every, max(1, options.log_every // BOARD_POINTS)
         self._main_source = "sft" if self._sft else loop.job.resolved.settings.data.val_pretrain_source
-        effective = options.micro_B * options.accum_steps
         self.say(
             f"{self.phase}: device={loop.device}, {precision.describe()}, "
             f"activation_checkpointing={options.activation_checkpointing}, micro_B={options.micro_B}, "
-            f"accum_steps={options.accum_steps}, effective_batch={effective}, params={loop.model.num_parameters:,}"
+            f"accum_steps={options.accum_steps}, effective_batch={options.rows}, params={loop.model.num_parameters:,}"
         )
         peak, per_token = matmul_peak(precision), training_flops(loop.model)
         self._mfu_of_rate = per_token / (peak * loop.world.size)

@@ -22,7 +22,7 @@ from typing import Any
 from niels_gpt import files, paths
 from niels_gpt.device import resolve_device
 from niels_gpt.plan.running import run_planned
-from niels_gpt.settings import resolve_settings
+from niels_gpt.settings import PHASES, resolve_settings
 from niels_gpt.train.distributed import ALONE, MainFailed, World, joined
 from niels_gpt.train.loop import Interrupted
 from niels_gpt.train.pipeline import pipeline_configs, run_pipeline, shares
@@ -154,7 +154,7 @@ def resolved_configs(phase: str, config: Path, limit: TimeLimit) -> dict[str, An
     """The settings `--print_config` shows; nothing is written."""
     if phase != "pipeline":
         return resolve_settings(phase, config, flags=limit.flags(phase)).settings.model_dump(mode="json")
-    configs = dict(zip(("pretrain", "sft"), pipeline_configs(config), strict=True))
+    configs = dict(zip(PHASES, pipeline_configs(config), strict=True))
     limits = shares(limit, configs["pretrain"])
     return {
         name: resolve_settings(name, path, flags=limits[name].flags(name)).settings.model_dump(mode="json")

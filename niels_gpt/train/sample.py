@@ -12,7 +12,7 @@ from niels_gpt.infer.sampling import Sampling
 from niels_gpt.infer.steps import stream_steps
 from niels_gpt.model.gpt import GPT
 from niels_gpt.rng import generator_for
-from niels_gpt.settings import Settings
+from niels_gpt.settings import PhaseSettings, Settings
 from niels_gpt.tokenizer import Tokenizer
 from niels_gpt.train.memory import is_out_of_memory
 
@@ -31,13 +31,12 @@ def sampler_for(phase: str, settings: Settings, tokenizer: Tokenizer) -> Callabl
     Pretraining samples as `settings.generation` says, with the same seed every time: the likeliest continuation of a
     young model is one word again and again. Fine-tuning takes the likeliest reply.
     """
-    options = getattr(settings.training, phase)
-    if options.sample_prompt is None:
+    options: PhaseSettings = getattr(settings.training, phase)
+    prompt = options.sample_prompt
+    if prompt is None:
         return None
-    prompt: str = options.sample_prompt
-    generation, chat = settings.generation, chat_format_for(tokenizer)
-    greedy = Sampling(temperature=0.0)
-    drawn = Sampling(generation.temperature, generation.top_k, generation.top_p, generation.repetition_penalty)
+    chat = chat_format_for(tokenizer)
+    sampling = Sampling.of(settings.generation) if phase == "pretrain" else Sampling(temperature=0.0)
     ids = tokenizer.encode(prompt) if phase == "pretrain" else _question(prompt, tokenizer, settings, options)
 
     def sample(model: GPT) -> Sample | None:
@@ -48,7 +47,7 @@ def sampler_for(phase: str, settings: Settings, tokenizer: Tokenizer) -> Callabl
                 model,
                 ids,
                 max_new_tokens=options.sample_tokens,
-                sampling=drawn if phase == "pretrain" else greedy,
+                sampling=sampling,
                 generator=generator_for(options.seed, "sample"),
                 stop_ids=chat.stop_ids,
                 banned_ids=chat.banned_ids,
@@ -63,12 +62,12 @@ def sampler_for(phase: str, settings: Settings, tokenizer: Tokenizer) -> Callabl
     return sample
 
 
-def _question(prompt: str, tokenizer: Tokenizer, settings: Settings, options: object) -> list[int]:
+def _question(prompt: str, tokenizer: Tokenizer, settings: Settings, options: PhaseSettings) -> list[int]:
     """Ids of one chat turn, with the system prompt that a chat would have if it fits; [] if not even the turn does."""
     chat, asked = chat_format_for(tokenizer), Message("user", prompt)
     for messages in ([Message("system", system_prompt()), asked], [asked]):
         try:
-            return chat.encode_prompt(messages, context=settings.model.T, max_new_tokens=options.sample_tokens).ids  # type: ignore[attr-defined]
+            return chat.encode_prompt(messages, context=settings.model.T, max_new_tokens=options.sample_tokens).ids
         except ValueError:
             continue
     return []

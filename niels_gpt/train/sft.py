@@ -42,7 +42,7 @@ def run_sft(
 ) -> dict[str, Any]:
     """Fine-tune on chats; `init_model_path` gives the weights of a fresh run (optimizer, step and best start anew).
 
-    Returns final_step, best_val_loss, last_val_pretrain_loss, last_val_sft_loss, latest_path, best_path.
+    Returns `TrainResult.record`, last_val_pretrain_loss and last_val_sft_loss.
     """
     start = start_phase(
         PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit, world=world
@@ -61,16 +61,8 @@ def run_sft(
     finally:
         reporter.close()
     losses = {name: evaluated.loss for name, evaluated in result.last_evals.items()}
-    return {
-        "final_step": result.state.step,
-        "best_val_loss": result.state.best_val_loss,
-        "last_val_pretrain_loss": losses.get("pretrain"),
-        "last_val_sft_loss": losses.get("sft"),
-        "latest_path": result.latest_path,
-        "best_path": result.best_path,
-        "tokens_seen": result.state.tokens_seen,
-        "seconds": result.elapsed,
-    }
+    last = {f"last_val_{name}_loss": losses.get(name) for name in ("pretrain", "sft")}
+    return {**result.record(), **last}
 
 
 def sft_job(start: Start) -> Job:

@@ -12,20 +12,13 @@ from typing import Any
 import torch
 
 from niels_gpt import checkpoint as ckpt
-from niels_gpt.config import TrainConfig
 from niels_gpt.device import keep_freed_memory, resolve_device, use_deterministic_kernels
 from niels_gpt.eval import EvalResult
 from niels_gpt.files import sha256_file
 from niels_gpt.model.native import ops as native
 from niels_gpt.paths import ensure_dirs
-from niels_gpt.settings import PhaseSettings, ResolvedSettings, Settings, new_run_id, resolve_settings, tokenizer_file
-from niels_gpt.tokenizer import (
-    ByteTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    missing_tokenizer,
-)
+from niels_gpt.settings import PhaseSettings, ResolvedSettings, Settings, new_run_id, resolve_settings
+from niels_gpt.tokenizer import SentencePieceTokenizer, Tokenizer, open_tokenizer
 from niels_gpt.train.distributed import ALONE, World
 
 SHORTEST_BUDGET = 1.0  # seconds: a deadline that is over still leaves time for the last evaluation and save
@@ -130,26 +123,15 @@ def find_resume(phase: str, resume_path: str | Path | None, no_auto_resume: bool
     return None if no_auto_resume else ckpt.newest_good(phase)
 
 
-def open_tokenizer(settings: Settings) -> Tokenizer:
-    """The tokenizer the settings name; FileNotFoundError says how to make one."""
-    if settings.tokenizer.type == "byte":
-        return ByteTokenizer()
-    path = tokenizer_file(settings.tokenizer)
-    if path is None:
-        raise FileNotFoundError(missing_tokenizer(Path(settings.tokenizer.model_path), settings.tokenizer.vocab_size))
-    return load_tokenizer(path, settings.tokenizer.expected_special_token_ids.model_dump())
-
-
 def fingerprint(root: str | Path, sources: Iterable[str]) -> dict[str, str]:
     """sha256 of each source's meta.json, which itself holds the sha256 of every shard."""
     metas = {name: Path(root) / name / "meta.json" for name in sorted(sources)}
     return {name: sha256_file(path) for name, path in metas.items() if path.is_file()}
 
 
-def eval_shape(options: PhaseSettings | TrainConfig) -> tuple[int, int]:
+def eval_shape(options: PhaseSettings) -> tuple[int, int]:
     """(number of batches, rows) of one evaluation."""
-    rows = options.micro_B if isinstance(options, PhaseSettings) else options.B
-    return options.eval_batches or options.eval_steps, options.micro_B_eval or rows
+    return options.eval_batches or options.eval_steps, options.micro_B_eval or options.micro_B
 
 
 def weighted_metric(options: PhaseSettings, losses: Mapping[str, EvalResult | None]) -> float:

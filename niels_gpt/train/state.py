@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from niels_gpt.eval import EvalResult
 
@@ -49,3 +50,14 @@ class TrainResult:
     elapsed: float  # seconds, earlier sessions included
     latest_path: Path
     best_path: Path
+
+    def record(self) -> dict[str, Any]:
+        """What every phase returns to its caller."""
+        return {
+            "final_step": self.state.step,
+            "best_val_loss": self.state.best_val_loss,
+            "latest_path": self.latest_path,
+            "best_path": self.best_path,
+            "tokens_seen": self.state.tokens_seen,
+            "seconds": self.elapsed,
+        }

@@ -12,8 +12,8 @@ import pytest
 from filelock import FileLock
 
 from niels_gpt.bench import sweep
-from niels_gpt.bench.results import read_rows
 from niels_gpt.bench.trial import Result, Trial
+from niels_gpt.files import whole_json_lines
 from niels_gpt.train.state import Interrupted
 
 GRID = [
@@ -56,13 +56,13 @@ def bench(*more: str) -> int:
 
 
 def sizes(T: int) -> list[int]:
-    return [row["micro_B"] for row in read_rows(Path("out/results.jsonl")) if row["model"]["T"] == T]
+    return [row["micro_B"] for row in whole_json_lines(Path("out/results.jsonl")) if row["model"]["T"] == T]
 
 
 def test_every_size_is_measured_once_and_all_trials_are_rows(machine: Machine) -> None:
     assert bench() == 0
     assert sizes(32) == sizes(64) == [1, 2, 4, 8, 6, 5]
-    rows = read_rows(Path("out/results.jsonl"))
+    rows = whole_json_lines(Path("out/results.jsonl"))
     assert {row["status"] for row in rows} == {"ok", "oom"}
     assert all(row["memory"] == {} for row in rows if row["status"] == "ok")
 
@@ -75,7 +75,7 @@ def test_a_sweep_that_was_stopped_goes_on(machine: Machine, killed_at: int) -> N
 
     machine.before = stop
     assert bench() == 128 + signal.SIGTERM
-    assert len(machine.asked) == killed_at == len(read_rows(Path("out/results.jsonl")))
+    assert len(machine.asked) == killed_at == len(whole_json_lines(Path("out/results.jsonl")))
     machine.before = lambda trial: None
     assert bench() == 0
     assert len(machine.asked) == len(set(machine.asked)) == 12
@@ -106,7 +106,7 @@ def test_a_broken_trial_is_a_row_with_its_configuration_and_the_rest_goes_on(
 
     machine.before = broken
     assert bench() == 0
-    row = read_rows(Path("out/results.jsonl"))[0]
+    row = whole_json_lines(Path("out/results.jsonl"))[0]
     assert (row["status"], row["message"], row["stdout"], row["stderr"]) == ("error", "it broke", "a", "b")
     assert row["model"]["T"] == 32 and row["micro_B"] == 1 and row["amp"] is False and row["device"] == "cpu"
     assert sizes(32) == [1] and len(sizes(64)) == 6

@@ -11,7 +11,7 @@ import pytest
 
 from niels_gpt.cache import cli, scale
 from niels_gpt.cache.pretrain import build_pretrain
-from niels_gpt.cache.scale import build_scaled
+from niels_gpt.cache.scale import Where, build_scaled
 from niels_gpt.data.registry import SOURCES, Source
 from niels_gpt.data.types import Document
 from niels_gpt.settings import Settings, validate_overrides
@@ -30,7 +30,7 @@ def settings_for(tmp_path: Path) -> Settings:
 def test_tasks_make_the_bytes_of_the_plain_build(tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
     settings = settings_for(tmp_path)
     plain = build_pretrain(settings, tiny_tokenizer, "text", root=tmp_path / "plain")
-    scaled = build_scaled(settings, tiny_tokenizer, "text", root=tmp_path / "scaled", executor="local", tasks=2)
+    scaled = build_scaled(settings, tiny_tokenizer, "text", root=tmp_path / "scaled", where=Where("local", 2))
     assert scaled == plain
     assert contents(tmp_path / "scaled") == contents(tmp_path / "plain")
 
@@ -61,7 +61,7 @@ def test_many_chunks_and_a_killed_task(
         monkeypatch.setitem(SOURCES, name, Source(name, lambda *_: {}, stream=texts))
         settings = validate_overrides({"reproducibility": {"dataset_shuffle_buffer_size": 40}})
     build_pretrain(settings, tiny_tokenizer, name, root=tmp_path / "plain", **budgets)
-    options: dict[str, Any] = {"root": tmp_path / "scaled", "executor": "local", "tasks": 3, **budgets}
+    options: dict[str, Any] = {"root": tmp_path / "scaled", "where": Where("local", 3), **budgets}
     real, made = scale._encode, 0
 
     def stop(*args: Any) -> Any:

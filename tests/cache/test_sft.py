@@ -138,12 +138,10 @@ def test_a_mix_opens_with_its_weights(
     tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_jsonl(tmp_path / "p.jsonl", [chat(i) for i in range(20)])
-    settings = settings_for(tmp_path, {"primer": 0.4, "oasst1": 0.6}, jsonl_path=str(path))
-    root, options = tmp_path / "sft", {**OPTIONS, "t_max": 64}
-    meta = build_sft(settings, tiny_tokenizer, "primer", root=root, **options)
-    assert (
-        meta["train_examples"] == 18 and build_sft(settings, tiny_tokenizer, "primer", root=root, **options)["reused"]
-    )
+    settings = settings_for(tmp_path, {"primer": 0.4, "oasst1": 0.6}, jsonl_path=str(path), t_max=64)
+    root = tmp_path / "sft"
+    assert build_sft(settings, tiny_tokenizer, "primer", root=root)["train_examples"] == 18
+    assert build_sft(settings, tiny_tokenizer, "primer", root=root)["reused"]
     with pytest.raises(FileNotFoundError, match=r"cache\.cli build oasst1 --phase sft"):
         open_mix(settings, tiny_tokenizer, "train")
     build_sft_cache([chat(1)], root / "oasst1", tokenizer=tiny_tokenizer, **OPTIONS)
@@ -151,7 +149,7 @@ def test_a_mix_opens_with_its_weights(
     assert open_mix(settings, tiny_tokenizer, "val")[1] == {"primer": 1.0}
     assert "warning: oasst1 is left out of the val mix" in capsys.readouterr().err
     with pytest.raises(OSError, match="oasst1: it is not in the Hugging Face cache"):
-        build_sft(settings, tiny_tokenizer, "oasst1", root=root, **options)
+        build_sft(settings, tiny_tokenizer, "oasst1", root=root)
 
 
 # The published caches, to the bit

@@ -158,7 +158,7 @@ def test_what_cannot_be_saved_is_told_and_nothing_is_overwritten(chat: Session, 
     for name, message in (("mine.jsonl", "exists and is not of this chat"), (".", "is a folder")):
         with pytest.raises(ValueError, match=message):
             chat.take(f"/save {name}")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="there is no folder nowhere"):
         chat.take("/save nowhere/a.jsonl")
     assert (tmp_path / "mine.jsonl").read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
 

@@ -95,7 +95,7 @@ def test_folders_and_missing_files(tmp_path: Path) -> None:
 def test_a_cache_is_built_from_any_form(tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
     path = write(tmp_path / "mine.jsonl", *[GOOD, {"instruction": "add", "output": "3"}] * 10, {"text": "no chat"})
     settings = settings_for(path, skip_bad=True)
-    meta = build_sft(settings, tiny_tokenizer, "jsonl", root=tmp_path, seed=1, val_frac=0.1, t_max=64)
+    meta = build_sft(settings, tiny_tokenizer, "jsonl", root=tmp_path)
     assert (meta["train_examples"], meta["val_examples"]) == (18, 2)
     assert meta["forms"] == {"messages": 10, "instruction": 10} and sum(meta["dropped_lines"].values()) == 1
 
@@ -206,8 +206,9 @@ def fuzzed(n: int, seed: int) -> bytes:
 
 
 def build_lenient(path: Path, root: Path, tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
-    settings = validate_overrides({"data": {"primer": {"jsonl_path": str(path)}}})
-    return build_sft(settings, tokenizer, "primer", root=root, seed=1, val_frac=0.1, t_max=64, strict=False)
+    primer = {"jsonl_path": str(path), "seed": 1, "t_max": 64}
+    settings = validate_overrides({"data": {"primer": primer}})
+    return build_sft(settings, tokenizer, "primer", root=root, strict=False)
 
 
 def test_five_thousand_bad_lines(tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:

@@ -12,9 +12,9 @@ import sentencepiece
 
 from niels_gpt.checkpoint import load_model
 from niels_gpt.cli import main
-from niels_gpt.export import gguf_file, names
+from niels_gpt.export import gguf_file, hf, names
 from niels_gpt.export.gguf_vocab import LlamaCppReader, vocab_of
-from niels_gpt.settings.tree import default_settings
+from niels_gpt.settings import default_settings, validate_overrides
 from niels_gpt.special_tokens import EOT_TOKEN, SPECIAL_TOKENS
 from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, train_tokenizer
 from tests.export.models import ARCHITECTURES, names_in, save
@@ -156,3 +156,12 @@ def test_the_modelfile_carries_the_context_and_the_settings(checkpoint):
     assert "PARAMETER num_ctx 64" in plain and "temperature" not in plain  # this checkpoint records no settings
     chosen = gguf_file.modelfile(replace(loaded, settings=default_settings()), "a.gguf")
     assert "PARAMETER temperature 0.9\n" in chosen and "PARAMETER top_k 50\n" in chosen
+
+
+def test_every_way_to_sample_goes_along(checkpoint):
+    settings = validate_overrides({"generation": {"min_p": 0.05, "repetition_penalty": 1.25, "top_p": 0.5}})
+    loaded = replace(load_model(checkpoint("new"), device="cpu"), settings=settings)
+    lines = gguf_file.modelfile(loaded, "a.gguf").splitlines()
+    assert {"PARAMETER min_p 0.05", "PARAMETER repeat_penalty 1.25", "PARAMETER top_p 0.5"} <= set(lines)
+    found = hf.generation_config(loaded)
+    assert (found["min_p"], found["repetition_penalty"], found["top_p"]) == (0.05, 1.25, 0.5)

@@ -289,6 +289,22 @@ def test_explicit_attention_is_for_short_bf16_rows_on_cpus_alone() -> None:
     assert not blocks._explicit_is_faster(q, torch.zeros(1, 1, blocks.SHORT + 1, 4, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.soak)])
+def test_compiled_blocks_learn_the_same(backend: str) -> None:
+    model, x = varied_model(dropout=0.0).train(), ids(2, 9)
+
+    def learnt() -> list[torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        loss = model(x, x)
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    expected = learnt()
+    model.compile_blocks(backend)
+    for one, other in zip(learnt(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(3, 5, 16), (2, 3, 5, 8), (1, 4)])
 def test_the_written_out_norm_is_pytorchs(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)

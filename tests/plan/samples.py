@@ -38,7 +38,7 @@ def question(hours: float, *, memory: float = 16 * GB, disk: float = 100 * GB, t
 
 def measured(shape: Shape) -> Measured:
     """What the machine says of a size."""
-    settings = validate_overrides(sized(tuned(), shape, dropout=0.0))
+    settings = validate_overrides(sized(tuned(), shape))
     flops = size_of(settings.model).flops
     return Measured(
         shape.name,

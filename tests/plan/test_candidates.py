@@ -24,7 +24,7 @@ def test_the_best_is_first_and_its_time_is_that_asked_for(hours: float) -> None:
         settings = validate_overrides(one.overrides)
         minutes = settings.training.pretrain.minutes, settings.training.sft.minutes
         assert minutes == (one.seconds["pretrain"] / 60, one.seconds["sft"] / 60)
-        assert settings.model.dropout == one.dropout and one.shape.width == settings.model.C
+        assert one.shape.width == settings.model.C
         for phase in (settings.training.pretrain, settings.training.sft):
             assert phase.warmup_steps <= phase.total_steps and phase.min_lr <= phase.base_lr
     if hours < 1:
@@ -71,13 +71,13 @@ def test_text_that_takes_all_the_time_is_said() -> None:
 
 def test_a_run_stops_where_reading_again_does_harm() -> None:
     law, large = shipped_law(), Size(6_000_000, 1_000_000, 0.0)
-    stop = best_tokens(law, large, 1e9, unique=3e6, dropout=0.0)
+    stop = best_tokens(law, large, 1e9, unique=3e6)
 
     def bits(tokens: float) -> float:
-        return law.curve(large, tokens, unique=3e6, dropout=0.0)
+        return law.curve(large, tokens, unique=3e6)
 
     assert stop < 1e8 and bits(stop) <= min(bits(0.9 * stop), bits(1.1 * stop), bits(1e9))
-    assert best_tokens(law, large, 1e6, unique=3e6, dropout=0.0) == 1e6
+    assert best_tokens(law, large, 1e6, unique=3e6) == 1e6
 
 
 def test_the_band_holds_a_slower_and_a_faster_machine() -> None:
@@ -85,7 +85,7 @@ def test_the_band_holds_a_slower_and_a_faster_machine() -> None:
     one = candidates(asked, costs())[0]
     for factor in (0.86, 1.14):
         tokens = factor * one.tokens
-        said = asked.law.predict(one.size, tokens, unique=TEXT.unique_tokens, dropout=one.dropout)
+        said = asked.law.predict(one.size, tokens, unique=TEXT.unique_tokens)
         assert one.prediction.low < said.low and said.high < one.prediction.high
     assert one.prediction.band <= 0.05
 

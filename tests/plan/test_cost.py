@@ -33,12 +33,12 @@ def test_memory_of_other_sizes_and_batches() -> None:
     known = costs()
     for shape in (Shape(96, 2, 1, 288), Shape(512, 8, 8, 1536)):
         for batch in (0.25, 1.0):
-            settings = validate_overrides(sized(tuned(), shape, dropout=0.0, batch=batch))
+            settings = validate_overrides(sized(tuned(), shape, batch=batch))
             assert known.peak_bytes(settings) == pytest.approx(true_peak(settings), rel=0.02)
 
 
 def test_checkpointing_and_smaller_microbatches_take_less() -> None:
-    whole = sized(tuned(), Shape(256, 6, 4, 768), dropout=0.0)
+    whole = sized(tuned(), Shape(256, 6, 4, 768))
     peaks = []
     for rows, checkpointing in ((16, False), (4, False), (4, True)):
         given = {**whole["training"]["pretrain"], "micro_B": rows, "activation_checkpointing": checkpointing}
@@ -56,7 +56,7 @@ def test_one_measurement_is_enough_and_none_is_not() -> None:
 
 
 def test_states_are_those_of_the_real_optimizer() -> None:
-    settings = validate_overrides(sized(tuned(), Shape(64, 2, 1, 192), dropout=0.0))
+    settings = validate_overrides(sized(tuned(), Shape(64, 2, 1, 192)))
     model = GPT(model_config_of(settings.model))
     optimizer = build_optimizer(model, settings.training.pretrain)
     model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)).backward()
@@ -74,7 +74,7 @@ def test_states_are_those_of_the_real_optimizer() -> None:
 
 
 def test_disk_holds_what_a_run_keeps() -> None:
-    overrides = with_steps(sized(tuned(), Shape(128, 3, 2, 384), dropout=0.0), 4e6)
+    overrides = with_steps(sized(tuned(), Shape(128, 3, 2, 384)), 4e6)
     training = {**overrides["training"]}
     for phase in ("pretrain", "sft"):
         training[phase] = {**training[phase], "ckpt_every": 100, "keep_last": 3}

@@ -19,12 +19,12 @@ UNIQUE = 2.94e6
 
 def test_more_tokens_and_more_fresh_text_are_better_until_a_model_learns_by_heart() -> None:
     law = shipped_law()
-    bits = [law.curve(S, tokens, unique=UNIQUE, dropout=0.0) for tokens in (5e5, 1e6, 2e6, 4e6, 8e6)]
+    bits = [law.curve(S, tokens, unique=UNIQUE) for tokens in (5e5, 1e6, 2e6, 4e6, 8e6)]
     assert bits == sorted(bits, reverse=True)
-    assert law.curve(S, 8e6, unique=1e9, dropout=0.0) < bits[-1]
-    assert law.curve(L, 6e7, unique=UNIQUE, dropout=0.0) > law.curve(L, 1e7, unique=UNIQUE, dropout=0.0)
-    assert law.curve(L, 1e9, unique=1e12, dropout=0.0) < law.curve(S, 1e9, unique=1e12, dropout=0.0)
-    assert law.curve(L, 2e5, unique=UNIQUE, dropout=0.0) > law.curve(S, 2e5, unique=UNIQUE, dropout=0.0) - 0.02
+    assert law.curve(S, 8e6, unique=1e9) < bits[-1]
+    assert law.curve(L, 6e7, unique=UNIQUE) > law.curve(L, 1e7, unique=UNIQUE)
+    assert law.curve(L, 1e9, unique=1e12) < law.curve(S, 1e9, unique=1e12)
+    assert law.curve(L, 2e5, unique=UNIQUE) > law.curve(S, 2e5, unique=UNIQUE) - 0.02
 
 
 def test_text_read_again_is_worth_less_and_never_more_than_so_much() -> None:
@@ -36,11 +36,11 @@ def test_text_read_again_is_worth_less_and_never_more_than_so_much() -> None:
 
 def test_the_band_is_that_of_the_fit_and_widens_beyond_it() -> None:
     law = shipped_law()
-    inside = law.predict(S, 4e6, unique=UNIQUE, dropout=0.0)
+    inside = law.predict(S, 4e6, unique=UNIQUE)
     assert inside.low < inside.bpb < inside.high and inside.band == pytest.approx(math.sinh(2 * law.error))
-    beyond = law.predict(S, 4 * law.tokens[1], unique=1e9, dropout=0.0)
+    beyond = law.predict(S, 4 * law.tokens[1], unique=1e9)
     assert beyond.band == pytest.approx(math.sinh(2 * (law.error + 2 * law.beyond)))
-    other = law.predict(S, 4e6, unique=UNIQUE, dropout=0.0, scale=Scale(1.1, 0.05))
+    other = law.predict(S, 4e6, unique=UNIQUE, scale=Scale(1.1, 0.05))
     assert other.bpb == pytest.approx(1.1 * inside.bpb) and other.band > inside.band + 0.05
 
 
@@ -59,18 +59,20 @@ def test_the_fit_finds_a_curve_that_is_known() -> None:
     points = []
     for size in (Size(370_000, 262_144, 0.0), S, M, L):
         for tokens in (5e5, 1e6, 2e6, 4e6, 8e6, 1.6e7, 3.2e7):
-            bits = truth.curve(size, tokens, unique=UNIQUE, dropout=0.0) * math.exp(noise[len(points)])
-            points.append(fit_law.Point(size, tokens, UNIQUE, 0.0, "chitchat", bits, ""))
+            bits = truth.curve(size, tokens, unique=UNIQUE) * math.exp(noise[len(points)])
+            points.append(fit_law.Point(size, tokens, UNIQUE, "chitchat", bits, ""))
     found = fit_law.fit(points)
     for size in (S, M):
         for tokens in (7e5, 3e6, 1e7):
-            said = found.curve(size, tokens, unique=UNIQUE, dropout=0.0)
-            assert said == pytest.approx(truth.curve(size, tokens, unique=UNIQUE, dropout=0.0), rel=0.003)
+            said = found.curve(size, tokens, unique=UNIQUE)
+            assert said == pytest.approx(truth.curve(size, tokens, unique=UNIQUE), rel=0.003)
 
 
-def test_experiments_are_no_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "value"), [("adam", 1.0), ("drop", 0.0)])
+def test_experiments_are_no_data(name: str, value: float, tmp_path: Path) -> None:
     lines = (fit_law.LAW_DATA / "cpu.jsonl").read_text().splitlines()[:2]
-    (tmp_path / "runs.jsonl").write_text(lines[0] + "\n" + lines[1].replace('"adam": 1.0', '"adam": 2.0') + "\n")
+    other = lines[1].replace(f'"{name}": {value}', f'"{name}": {value + 0.1}')
+    (tmp_path / "runs.jsonl").write_text(lines[0] + "\n" + other + "\n")
     assert len(fit_law.load_points([tmp_path / "runs.jsonl"])) == 1
 
 

@@ -13,7 +13,7 @@ from niels_gpt.cli import main
 from niels_gpt.plan import cli, planning
 from niels_gpt.plan.planning import Plan, make_plan, read_plan
 from niels_gpt.plan.text import Source
-from niels_gpt.settings import validate_overrides
+from niels_gpt.settings import DATA_SEEDS, validate_overrides
 from tests.plan import samples
 
 
@@ -46,6 +46,13 @@ def test_the_settings_are_complete_and_valid(tmp_path: Path) -> None:
         assert chosen[key]
     assert {"tokenizer", "caches", "pretrain", "sft", "evaluation"} <= set(chosen["seconds"])
     assert {m["name"] for m in record["measured"]} >= {"128x3"}
+
+
+def test_the_seed_reaches_every_split_and_shuffle(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"device": "cpu", "folder": tmp_path, "say": lambda text: None, "run": samples.run}
+    for sources in (None, ["text", "chitchat"]):
+        data = make_plan(0.2, seed=7, sources=sources, **options).settings.data.model_dump()
+        assert {data[section][key] for section, key in DATA_SEEDS} == {7}
 
 
 def test_the_same_question_has_the_same_answer(tmp_path: Path) -> None:

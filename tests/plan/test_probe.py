@@ -56,10 +56,13 @@ def test_the_recipes_size_comes_first_then_those_that_look_best() -> None:
         assert trial.settings["training"]["pretrain"]["optimizer"] == "muon"
 
 
-def test_little_time_means_few_trials() -> None:
+def test_little_time_means_one_trial_and_none_is_waited_for_longer() -> None:
     runner = Runner()
     measure(runner, 0.5, seconds=0.0)
-    assert len(runner.trials) == probe.FEWEST_TRIALS
+    assert len(runner.trials) == 1
+    runner = Runner()
+    measure(runner, 0.5, seconds=30.0)
+    assert len(runner.trials) > 1 and max(runner.patience[1:]) <= 30.0
 
 
 def test_a_trial_that_fails_is_left_out() -> None:

@@ -39,7 +39,7 @@ def test_what_was_counted_is_what_the_caches_hold(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())  # a plan makes nothing
     tokens: list[str] = []
     tokenizer = make_tokenizer(settings, 42, lambda line: None)
-    make_caches(settings, 42, tokenizer, tokens.append)
+    make_caches(settings, tokenizer, tokens.append)
     held = int(tokens[-1].split()[0].replace(",", ""))
     assert text.unique_tokens == pytest.approx(held, rel=0.02)
     built = disk_use([tmp_path / "data"])

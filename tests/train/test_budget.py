@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -45,21 +46,34 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def slowed(
-    loop: Loop, clock: Clock, *, step: float, evaluation: float, first: float = 0.0, spent: float = 0.0
+    loop: Loop,
+    clock: Clock,
+    *,
+    step: float,
+    evaluation: float,
+    first: float = 0.0,
+    spent: float = 0.0,
+    later: tuple[float, float] = (math.inf, 1.0),
 ) -> list[float]:
-    """Begin now, and let steps and evaluations take seconds; returns the list that learning rates will be put in."""
+    """Begin now, and let steps and evaluations take seconds; returns the list that learning rates will be put in.
+
+    later: from which second on everything takes how many times as long.
+    """
     object.__setattr__(loop.job, "began", clock.now)
     loop.budget = loop._budget(spent)
     rates: list[float] = []
     take = loop.train_step
 
+    def pace() -> float:
+        return later[1] if clock.now >= later[0] else 1.0
+
     def slow_step(n: int) -> Any:
         rates.append(loop.optimizer.param_groups[-1]["lr"])
-        clock.now += step + (first if len(rates) == 1 else 0.0)
+        clock.now += step * pace() + (first if len(rates) == 1 else 0.0)
         return take(n)
 
     def slow_measure(stop: Any) -> dict[str, EvalResult]:
-        clock.now += evaluation
+        clock.now += evaluation * pace()
         return {name: EvalResult(1.0, 1) for name in loop.job.evals}
 
     loop.train_step = slow_step  # type: ignore[method-assign]
@@ -87,6 +101,18 @@ def test_a_minute_is_a_minute(world: dict[str, Any], clock: Clock, costs: dict[s
     assert loop.budget.learning_rate(loop.state.step) == 0.0
 
 
+@pytest.mark.parametrize("times", [3.0, 10.0, 0.2])
+def test_a_machine_that_changes_its_pace_halfway(world: dict[str, Any], clock: Clock, times: float) -> None:
+    """It still ends in time, within 5 %, with the schedule completed."""
+    loop = workshop.make_loop(
+        world, minutes=4.0, lr_shape="linear", decay_fraction=1.0, min_lr=0.0, eval_every=40, eval_steps=40
+    )
+    rates = slowed(loop, clock, step=1.0, evaluation=0.5, later=(120.0, times))
+    loop.run()
+    assert 0.95 * 240 <= clock.now <= 1.05 * 240
+    assert rates[-1] <= 0.1 * max(rates) and loop.budget.learning_rate(loop.state.step) == 0.0
+
+
 def test_an_evaluation_that_takes_most_of_the_budget_leaves_half_of_it_for_steps(
     world: dict[str, Any], clock: Clock
 ) -> None:
@@ -94,6 +120,13 @@ def test_an_evaluation_that_takes_most_of_the_budget_leaves_half_of_it_for_steps
     rates = slowed(loop, clock, step=1.0, evaluation=25.0)
     loop.run()
     assert 14 <= len(rates) <= 17  # of the half
+
+
+def test_there_is_always_time_for_one_step(world: dict[str, Any], clock: Clock) -> None:
+    """Opening caches may take longer than the budget, and a model that has learned nothing is no use to anyone."""
+    loop = workshop.make_loop(world, minutes=0.001)
+    rates = slowed(loop, clock, step=1.0, evaluation=1.0, spent=20.0)
+    assert loop.run().state.step == len(rates) == 1
 
 
 def test_what_follows_the_end_is_kept_back_before_it_was_ever_timed() -> None:

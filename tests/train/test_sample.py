@@ -52,6 +52,18 @@ def test_a_sample_is_repeatable_and_leaves_no_trace(
     assert broken is not None and "non-finite" in broken.text
 
 
+def test_pretraining_samples_as_the_settings_say(
+    model: GPT, tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer
+) -> None:
+    config = workshop.overrides(tmp_path, tiny_tokenizer, sample_prompt="who?", sample_tokens=8)
+    said = []
+    for generation in ({"temperature": 0.0}, {"temperature": 1.5, "min_p": 1.0}):  # both leave the likeliest token only
+        sample = sampler_for("pretrain", validate_overrides({**config, "generation": generation}), tiny_tokenizer)
+        assert sample is not None
+        said.append(sample(model))
+    assert said[0] == said[1]
+
+
 def test_no_prompt_no_sample(tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, model: GPT) -> None:
     settings = validate_overrides(workshop.overrides(tmp_path, tiny_tokenizer, sample_prompt=None))
     assert sampler_for("pretrain", settings, tiny_tokenizer) is None

@@ -57,6 +57,7 @@ def overrides(folder: Path, tokenizer: SentencePieceTokenizer, *, steps: int = 1
                 "pretrain_token_cache": str(folder / "cache/pretrain"),
                 "sft_token_cache": str(folder / "cache/sft"),
             },
+            "primer": {"t_max": T + 1},
             "mix_pretrain": {"primer": 1.0},
             "mix_sft": {"primer": 1.0},
             "val_pretrain_source": "primer",
@@ -74,7 +75,7 @@ def build_caches(folder: Path, tokenizer: SentencePieceTokenizer) -> None:
         settings = validate_overrides(overrides(made, tokenizer))
         caches = settings.data.caches
         build_pretrain(settings, tokenizer, "primer", root=caches.pretrain_token_cache, seed=1)
-        build_sft(settings, tokenizer, "primer", root=caches.sft_token_cache, seed=1, val_frac=0.1, t_max=T + 1)
+        build_sft(settings, tokenizer, "primer", root=caches.sft_token_cache)
     shutil.copytree(made / "cache", folder / "cache")
 
 

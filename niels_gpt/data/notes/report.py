@@ -67,8 +67,8 @@ def remarks(report: dict[str, Any], source: str) -> list[str]:
     return said
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _other_files(vault: Vault) -> dict[str, int]:

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "random.h"
 #include "threads.h"
 
 // Sums of each part, (parts, n), into out.
@@ -64,6 +65,21 @@ void swiglu_backward(const float* g, const float* gate, const float* value, floa
       const float s = 1 / (1 + exponential(-a[i])), silu = a[i] * s;
       db[i] = grad[i] * silu;
       da[i] = grad[i] * b[i] * (s + silu * (1 - s));
+    }
+  });
+}
+
+// y = x scale where this number's random bits reach `dropped`, else x 0.
+void dropout(const float* x, float* y, uint64_t key, uint32_t dropped, float scale, int64_t n) {
+  const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+  share_rows(blocks, parts_of(blocks, BLOCK), [=](int, int64_t first, int64_t end) {
+    uint32_t bits[BLOCK];
+    for (int64_t block = first; block < end; block++) {
+      random_block(key, block, bits);
+      const float* __restrict from = x + block * BLOCK;
+      float* __restrict to = y + block * BLOCK;
+      const int64_t there = std::min<int64_t>(BLOCK, n - block * BLOCK);
+      for (int64_t i = 0; i < there; i++) to[i] = from[i] * (bits[i] < dropped ? 0.0f : scale);
     }
   });
 }

@@ -58,6 +58,12 @@ def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     return y
 
 
+def dropout(x: Tensor, rate: float) -> Tensor:
+    """Zeros with probability `rate`, the rest over 1 - rate; the mask is a function of PyTorch's next random number."""
+    y: Tensor = _Dropout.apply(x, rate)
+    return y
+
+
 def attention(
     qkv: Tensor,
     norms: tuple[()] | tuple[Tensor, Tensor],
@@ -134,6 +140,27 @@ class _SwiGLU(torch.autograd.Function):
         return grad_gate, grad_value
 
 
+class _Dropout(torch.autograd.Function):
+    """Keeps a number instead of a mask: the way back draws the same bits again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rate: float) -> Tensor:
+        ctx.key, ctx.rate = int(torch.randint(2**63 - 1, ())), rate
+        return _dropped(x, ctx.key, rate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _dropped(grad, ctx.key, ctx.rate), None
+
+
+def _dropped(x: Tensor, key: int, rate: float) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _library().dropout(x.data_ptr(), y.data_ptr(), key, int(rate * 2**32), 1 / (1 - rate), x.numel())
+    return y
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -193,6 +220,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "rmsnorm_backward": [*[pointer] * 6, size, size],
         "swiglu": [*[pointer] * 3, size],
         "swiglu_backward": [*[pointer] * 5, size],
+        "dropout": [pointer, pointer, ctypes.c_uint64, ctypes.c_uint32, real, size],
         "attention": [*[pointer] * 8, *[size] * 4, real],
         "attention_backward": [*[pointer] * 11, *[size] * 4, real],
         "cross_entropy": [*[pointer] * 3, size, size],
