@@ -59,17 +59,14 @@ def make_plan(
     source: str,
     *,
     root: str | Path,
-    seed: int | None = None,
-    shard_bytes: int | None = None,
     train_tokens: int | None = None,
     val_tokens: int | None = None,
 ) -> Plan:
-    """The plan of ROOT/SOURCE; what is not given is that of `data.caches`. Errors as for `build_pretrain`."""
+    """The plan of ROOT/SOURCE; a budget that is not given is that of `data.caches`. Errors as for `build_pretrain`."""
     entry, chosen = get_source(source), settings.data.caches
     if entry.documents is None and entry.stream is None:
         raise ValueError(f"the source {entry.name} has chats, not text; build it for sft")
-    seed = chosen.seed if seed is None else seed
-    shard_bytes = chosen.shard_bytes if shard_bytes is None else shard_bytes
+    seed, shard_bytes = chosen.seed, chosen.shard_bytes
     budgets: dict[str, int] = {}
     buffer_size = None
     if entry.stream is not None:

@@ -24,8 +24,6 @@ def build_pretrain(
     source: str,
     *,
     root: str | Path,
-    seed: int | None = None,
-    shard_bytes: int | None = None,
     train_tokens: int | None = None,
     val_tokens: int | None = None,
     workers: int | None = None,
@@ -37,15 +35,15 @@ def build_pretrain(
     the same is gone on with, and documents whose tokens are in the old cache are not tokenized again: the result then
     has `reused_documents`. None of this changes a byte of the cache, nor does the number of worker processes.
 
-    `seed`, `shard_bytes` and the budgets in tokens, which are for sources that are one stream, are those of
-    `data.caches` unless given. `workers` are all cores unless given.
+    The budgets in tokens, which are for sources that are one stream, are those of `data.caches` unless given. `workers`
+    are all cores unless given.
 
     Raises:
         FileNotFoundError: the source's files are not there.
         ValueError: unknown source, no text in it, or a document with a special token literal.
     """
-    options = {"seed": seed, "shard_bytes": shard_bytes, "train_tokens": train_tokens, "val_tokens": val_tokens}
-    plan = make_plan(settings, tokenizer, source, root=root, **options)
+    budgets = {"train_tokens": train_tokens, "val_tokens": val_tokens}
+    plan = make_plan(settings, tokenizer, source, root=root, **budgets)
     reused = 0
 
     def fill(writer: PretrainWriter) -> None:

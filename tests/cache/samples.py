@@ -53,6 +53,13 @@ def settings_for(tmp_path: Path, mix: dict[str, float] | None = None, **data: An
     )
 
 
-def build(settings: Settings, tokenizer: Any, source: str, **options: Any) -> dict[str, Any]:
+def with_caches(settings: Settings, **caches: Any) -> Settings:
+    """The settings with other values in `data.caches`."""
+    changed = settings.data.caches.model_copy(update=caches)
+    return settings.model_copy(update={"data": settings.data.model_copy(update={"caches": changed})})
+
+
+def build(settings: Settings, tokenizer: Any, source: str, *, caches: Any = None, **options: Any) -> dict[str, Any]:
+    settings = with_caches(settings, **(caches or {}))
     root = settings.data.caches.pretrain_token_cache
-    return build_pretrain(settings, tokenizer, source, **{"root": root, "seed": 42, **options})
+    return build_pretrain(settings, tokenizer, source, **{"root": root, **options})

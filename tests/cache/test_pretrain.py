@@ -48,7 +48,7 @@ def test_documents_are_cached_with_the_end_id_after_each(
         settings,
         tiny_tokenizer,
         "text",
-        shard_bytes=1000,
+        caches={"shard_bytes": 1000},
         progress=lambda done: counts.append((done.what, done.documents)),
     )
     assert sum(meta["documents"].values()) == 20 and meta["documents"]["val"] > 0
@@ -86,7 +86,7 @@ def test_a_cache_is_built_again_only_when_something_changed(
     assert again.pop("reused") and again == first and (folder / "meta.json").stat().st_ino == inode
     assert "reused" not in (folder / "meta.json").read_text()
 
-    assert "reused" not in build(settings, tiny_tokenizer, "text", shard_bytes=512)
+    assert "reused" not in build(settings, tiny_tokenizer, "text", caches={"shard_bytes": 512})
     assert "reused" not in build(
         settings_for(tmp_path, text={"split_seed": 7, "root_dir": str(tmp_path / "text")}), tiny_tokenizer, "text"
     )
@@ -168,14 +168,14 @@ def test_reference_caches_are_reproduced_to_the_bit(
     )
     monkeypatch.setitem(SOURCES, "made", published)
     buffer = wanted["shuffle_buffer"] or 1  # of 1: the order of the source
-    settings = validate_overrides({"reproducibility": {"dataset_shuffle_buffer_size": buffer}})
+    caches = {"seed": wanted["seed"], "shard_bytes": wanted["shard_bytes"]}
+    reproducibility = {"dataset_shuffle_buffer_size": buffer}
+    settings = validate_overrides({"data": {"caches": caches}, "reproducibility": reproducibility})
     meta = build_pretrain(
         settings,
         load_tokenizer(BUNDLE / "v2/tokenizer/spm.model"),
         "made",
         root=tmp_path,
-        seed=wanted["seed"],
-        shard_bytes=wanted["shard_bytes"],
         train_tokens=wanted["train_tokens_target"],
         val_tokens=wanted["val_tokens_target"],
         workers=workers,
@@ -237,7 +237,7 @@ def test_a_new_file_is_the_only_one_that_is_tokenized(
 ) -> None:
     write_notes(tmp_path / "roam")  # whose permutation moves every file when one is added
     settings = settings_for(tmp_path)
-    build(settings, tiny_tokenizer, "roam", shard_bytes=1000)
+    build(settings, tiny_tokenizer, "roam", caches={"shard_bytes": 1000})
     (tmp_path / "roam" / "new.md").write_text("one more note")
     (tmp_path / "roam" / "part 0" / "note 00.md").write_text("changed")
     encoded: list[str] = []
@@ -245,10 +245,10 @@ def test_a_new_file_is_the_only_one_that_is_tokenized(
     monkeypatch.setattr(
         encode.Encoder, "_submit", lambda self, batch, n: encoded.extend(batch.texts) or real(self, batch, n)
     )
-    meta = build(settings, tiny_tokenizer, "roam", shard_bytes=600)
+    meta = build(settings, tiny_tokenizer, "roam", caches={"shard_bytes": 600})
     assert sorted(encoded) == ["changed", "one more note"] and meta.pop("reused_documents") == 19
     fresh = settings_for(tmp_path, caches={"pretrain_token_cache": str(tmp_path / "fresh")})
-    assert build(fresh, tiny_tokenizer, "roam", shard_bytes=600) == meta
+    assert build(fresh, tiny_tokenizer, "roam", caches={"shard_bytes": 600}) == meta
     for name in meta["files"]:
         assert (tmp_path / "cache/pretrain/roam" / name).read_bytes() == (tmp_path / "fresh/roam" / name).read_bytes()
 

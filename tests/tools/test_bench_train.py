@@ -49,6 +49,7 @@ def test_flops_are_those_of_the_matrices() -> None:
 @pytest.mark.parametrize("name", ["nanoGPT's shape", "materialised attention, dropout 0.1", "niels-gpt, Muon"])
 def test_a_step_learns(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_peers, "RATE", 0.01)  # at the benchmark's own, dropout decides which loss is lower
     torch.manual_seed(0)
     batch = bench_train.random_batch(TINY, "cpu")
     seen: list[float] = []

@@ -29,6 +29,7 @@ from niels_gpt.train.report import Reporter
 from niels_gpt.train.run import main
 from niels_gpt.train.sft import run_sft
 from niels_gpt.train.start import start_phase, weighted_metric
+from tests.cache.samples import with_caches
 from tests.train import workshop
 
 
@@ -259,9 +260,8 @@ def test_fine_tuning_records_the_text_it_replays(
     run_sft(world, device="cpu", quiet=True)
     resume = ckpt.load_checkpoint(ckpt.phase_paths("sft").latest, device="cpu")["resume"]
     assert resume is not None and set(resume["data"]) == {"primer", "text/primer"}
-    settings = validate_overrides(world)
-    root = settings.data.caches.pretrain_token_cache
-    build_pretrain(settings, tiny_tokenizer, "primer", root=root, seed=2)
+    settings = with_caches(validate_overrides(world), seed=2)
+    build_pretrain(settings, tiny_tokenizer, "primer", root=settings.data.caches.pretrain_token_cache)
     world["training"]["sft"]["total_steps"] = 13
     capsys.readouterr()
     run_sft(world, device="cpu", quiet=True)

@@ -74,7 +74,7 @@ def build_caches(folder: Path, tokenizer: SentencePieceTokenizer) -> None:
     if not made.is_dir():
         settings = validate_overrides(overrides(made, tokenizer))
         caches = settings.data.caches
-        build_pretrain(settings, tokenizer, "primer", root=caches.pretrain_token_cache, seed=1)
+        build_pretrain(settings, tokenizer, "primer", root=caches.pretrain_token_cache)
         build_sft(settings, tokenizer, "primer", root=caches.sft_token_cache)
     shutil.copytree(made / "cache", folder / "cache")
 

@@ -82,7 +82,7 @@ def test_no_secret_reaches_a_cache_and_a_second_build_is_the_same(
     tokenizer = ByteTokenizer() if kind == "byte" else tiny_tokenizer
     for place in ("one", "two"):
         vaults._remembered.clear()
-        build_pretrain(settings_for(planted), tokenizer, "roam", root=tmp_path / place, seed=42)
+        build_pretrain(settings_for(planted), tokenizer, "roam", root=tmp_path / place)
     written = {p.relative_to(tmp_path / "one"): p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()}
     assert written == {
         p.relative_to(tmp_path / "two"): p.read_bytes() for p in (tmp_path / "two").rglob("*") if p.is_file()
