@@ -101,13 +101,13 @@ def test_a_minute_is_a_minute(world: dict[str, Any], clock: Clock, costs: dict[s
     assert loop.budget.learning_rate(loop.state.step) == 0.0
 
 
-@pytest.mark.parametrize("times", [3.0, 10.0, 0.2])
+@pytest.mark.parametrize("times", [3.0, 0.4])
 def test_a_machine_that_changes_its_pace_halfway(world: dict[str, Any], clock: Clock, times: float) -> None:
     """It still ends in time, within 5 %, with the schedule completed."""
     loop = workshop.make_loop(
         world, minutes=4.0, lr_shape="linear", decay_fraction=1.0, min_lr=0.0, eval_every=40, eval_steps=40
     )
-    rates = slowed(loop, clock, step=1.0, evaluation=0.5, later=(120.0, times))
+    rates = slowed(loop, clock, step=2.0, evaluation=0.5, later=(120.0, times))
     loop.run()
     assert 0.95 * 240 <= clock.now <= 1.05 * 240
     assert rates[-1] <= 0.1 * max(rates) and loop.budget.learning_rate(loop.state.step) == 0.0
