@@ -9,11 +9,11 @@ from niels_gpt.plan.candidates import Candidate
 from niels_gpt.plan.planning import Plan
 from niels_gpt.train.report import duration
 
-WIDTH = 132  # columns that the table needs; a narrower terminal wraps its lines and cuts nothing
+WIDTH = 200  # columns, more than the table needs; a narrower terminal wraps its lines and cuts nothing
 
 
 def wide_console() -> Console:
-    """A console as wide as the table, on any terminal."""
+    """A console that is wide enough for the table, on any terminal."""
     console = Console(highlight=False, soft_wrap=True)
     return console if console.width >= WIDTH else Console(highlight=False, soft_wrap=True, width=WIDTH)
 

@@ -12,6 +12,7 @@ import pytest
 from niels_gpt.cli import main
 from niels_gpt.plan import cli, planning
 from niels_gpt.plan.planning import Plan, make_plan, read_plan
+from niels_gpt.plan.table import show, wide_console
 from niels_gpt.plan.text import Source
 from niels_gpt.settings import DATA_SEEDS, validate_overrides
 from tests.plan import samples
@@ -102,6 +103,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["plan", "--hours", "0.1", "--device", "cpu", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["settings"] == record["settings"] and list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
+
+
+@pytest.mark.parametrize("hours", [0.05, 100])
+def test_no_figure_is_cut(hours: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan(hours, tmp_path)
+    show(wide_console(), made, len(made.candidates))
+    shown = capsys.readouterr().out
+    assert made.candidates[-1].shape.name in shown and "…" not in shown
 
 
 @pytest.mark.parametrize("wrong", [["--hours", "0.049"], ["--hours", "101"], ["--hours", "nan"], ["--hours", "x"], []])
