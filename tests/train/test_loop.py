@@ -294,3 +294,17 @@ def stop_after(world: dict[str, Any], step: int) -> None:
     reporter = Reporter("pretrain", start.resolved.run_id, quiet=True)
     with contextlib.suppress(Interrupted):
         train(replace(job, batch=batch), device="cpu", reporter=reporter, resume=start.resume)
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_gradients_are_clipped_to_the_limit_and_left_alone_below_it(world: dict[str, Any], above: bool) -> None:
+    parameters = list(workshop.make_loop(world).model.parameters())
+    norm = sum(p.numel() for p in parameters) ** 0.5
+    loop = workshop.make_loop(world, grad_clip=norm / 4 if above else norm * 1.01)
+    for p in loop.model.parameters():
+        p.grad = torch.ones_like(p)
+    assert loop.stepper._clip() == pytest.approx(norm)
+    expected = torch.tensor(0.25 if above else 1.0)
+    for p in loop.model.parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, expected.expand_as(p), rtol=1e-4 if above else 0.0, atol=0.0)
