@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,14 +11,6 @@ from niels_gpt.model.native import ops
 from niels_gpt.native import build
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
-
-
-@pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    ops.switch(True)
 
 
 def threefry(key: tuple[int, ...], counter: tuple[int, ...]) -> list[int]:

@@ -26,14 +26,6 @@ needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ com
 pytestmark = needs_compiler
 
 
-@pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    ops.switch(True)
-
-
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
