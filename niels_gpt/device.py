@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,9 +81,9 @@ class Precision:
         """fp32, fp16 or bf16."""
         return {None: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
 
-    def autocast(self) -> AbstractContextManager[object]:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Context for forward passes; weights and optimizer stay float32."""
-        return nullcontext() if self.dtype is None else torch.autocast(self.device, dtype=self.dtype)
+        return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device, dtype=self.dtype)
 
     def describe(self) -> str:
         """As the training log prints it: `amp=true (bf16)` or `amp=false`."""
@@ -137,6 +138,13 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, 1 << 30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def return_freed_memory() -> None:
+    """Hand memory that was freed back to the kernel, where glibc keeps it: for when so much is not needed again."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def use_deterministic_kernels() -> None:

@@ -124,6 +124,23 @@ def test_glibc_agrees_to_keep_freed_memory() -> None:
     assert said.split() == [str(platform.libc_ver()[0] == "glibc")] * 2
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere the allocator decides")
+def test_freed_memory_goes_back_when_asked() -> None:
+    work = (
+        "from niels_gpt.device import keep_freed_memory, memory_in_use, return_freed_memory\n"
+        "keep_freed_memory()\n"
+        "before = memory_in_use('cpu')\n"
+        "taken = [b'x' * 100_000 for _ in range(2000)]\n"
+        "del taken[:-1]\n"  # the last keeps the heap from shrinking by itself
+        "kept = memory_in_use('cpu')\n"
+        "return_freed_memory()\n"
+        "print(kept - before, memory_in_use('cpu') - before)"
+    )
+    said = subprocess.run([sys.executable, "-c", work], capture_output=True, check=True, text=True).stdout
+    kept, left = map(int, said.split())
+    assert kept > 150e6 and left < 50e6
+
+
 def test_deterministic_kernels_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:

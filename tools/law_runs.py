@@ -28,7 +28,7 @@ import torch
 
 from niels_gpt import paths
 from niels_gpt.batching import TokenStream
-from niels_gpt.device import choose_precision, resolve_device
+from niels_gpt.device import choose_precision, resolve_device, usable_cores
 from niels_gpt.epochs import TextRows
 from niels_gpt.eval import bits_per_byte
 from niels_gpt.files import read_json
@@ -225,7 +225,7 @@ def results(
     until: float,
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
     """Every run's line, as they end."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, usable_cores() // jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         waiting: dict[Future[dict[str, Any]], Run] = {

@@ -90,6 +90,11 @@ def _read(path: Path, changed_at: int) -> list[tuple[str, Turns]]:
     return [(d.get("prompt") or "", [t for group in d["messages"] if (t := _turn(group))[1]]) for d in dialogues]
 
 
+def forget() -> None:
+    """Let go of the dialogues that were read."""
+    _read.cache_clear()
+
+
 def _turn(group: list[dict[str, str]]) -> Turn:
     text = " ".join(" ".join(utterance["text"] for utterance in group).split())
     return (sys.intern(group[0]["sender"]) if group else "", text)

@@ -43,12 +43,19 @@ class Source:
     splits_chats: bool = True
     ends_documents: bool = True
     optional: bool = False  # a mix does without it when its cache is missing
+    forget: Callable[[], None] | None = None  # lets go of text that is kept to be read again
 
 
 SOURCES: dict[str, Source] = {
     source.name: source
     for source in (
-        Source("chitchat", chitchat.describe, documents=chitchat.documents, chats=chitchat.chats),
+        Source(
+            "chitchat",
+            chitchat.describe,
+            documents=chitchat.documents,
+            chats=chitchat.chats,
+            forget=chitchat.forget,
+        ),
         Source("primer", primer_source.describe, documents=primer_source.documents, chats=primer_source.chats),
         Source("roam", roam.describe, documents=roam.documents, optional=True),
         Source("text", text.describe, documents=text.documents),
@@ -75,6 +82,13 @@ def get_source(name: str) -> Source:
     if name not in SOURCES:
         raise ValueError(f"unknown source {name!r}; sources are {', '.join(sorted(SOURCES))}")
     return SOURCES[name]
+
+
+def forget_text() -> None:
+    """Let go of text that sources keep: once there are caches, nobody reads it again, and training needs the memory."""
+    for source in SOURCES.values():
+        if source.forget is not None:
+            source.forget()
 
 
 def is_optional(name: str) -> bool:

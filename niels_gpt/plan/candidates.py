@@ -13,8 +13,10 @@ from niels_gpt.plan.limits import Limits
 from niels_gpt.plan.recipe import SFT_SHARE, SHARES, Shape, Size, size_of, sized
 from niels_gpt.plan.text import Text
 from niels_gpt.settings import PHASES, PhaseSettings, Settings, validate_overrides
+from niels_gpt.train.microbatches import Microbatches
 from niels_gpt.train.start import eval_shape
 
+RUN_BYTES = 1.0e8  # that a run takes beside steps: mapped caches, tokenizer, evaluation, logs
 START_S = 8.0  # starting the program and loading its libraries
 PHASE_S = 2.5  # of a phase's time that no step gets: opening caches, warming up, saving
 EVALUATIONS = 2  # of a phase, one on the way and one at its end
@@ -181,9 +183,9 @@ def _training_s(question: Question, evaluation_s: float) -> float:
 
 
 def peak_bytes(question: Question, costs: Costs, settings: Settings) -> float:
-    """Memory at the highest: on a CPU of the whole process, which has read the text before it trains."""
+    """Memory at the highest: on a CPU of the whole process, which makes tokenizer and caches before it trains."""
     training = costs.peak_bytes(settings)
-    return training + question.text.left_bytes if question.machine.device == "cpu" else training
+    return max(training + RUN_BYTES, question.text.preparing_bytes) if question.machine.device == "cpu" else training
 
 
 def _prediction(question: Question, size: Size, tokens: float) -> Prediction:
@@ -226,25 +228,25 @@ def step_tokens(settings: Settings, phase: str) -> int:
 def _that_fits(question: Question, costs: Costs, shape: Shape) -> tuple[dict[str, Any], Settings] | None:
     """The recipe's batch in the largest microbatches that fit, with all activations kept if possible."""
     whole = sized(question.overrides, shape)
-    rows = {p: whole["training"][p]["micro_B"] for p in PHASES}
+    most = max(whole["training"][phase]["micro_B"] for phase in PHASES)
     for checkpointing in (False, True):
-        cut = 1
-        while cut <= max(rows.values()):
-            training = {**whole["training"]}
-            for phase in PHASES:
-                cuts = min(cut, rows[phase])
-                training[phase] = {
-                    **training[phase],
-                    "micro_B": rows[phase] // cuts,
-                    "accum_steps": cuts,
-                    "activation_checkpointing": checkpointing,
-                }
-            overrides = {**whole, "training": training}
+        limit = most
+        while limit:
+            phases = {p: _cut(whole["training"][p], limit, checkpointing) for p in PHASES}
+            overrides = {**whole, "training": {**whole["training"], **phases}}
             settings = validate_overrides(overrides)
             if peak_bytes(question, costs, settings) <= question.machine.memory_bytes:
                 return overrides, settings
-            cut *= 2
+            limit //= 2
     return None
+
+
+def _cut(options: Mapping[str, Any], limit: int, checkpointing: bool) -> dict[str, Any]:
+    """A phase's options with the same batch in microbatches of at most `limit` rows."""
+    given = Microbatches(options["micro_B"], options.get("accum_steps", 1))
+    cut = given.smaller(min(limit, given.size))
+    assert cut is not None  # one row divides everything
+    return {**options, "micro_B": cut.size, "accum_steps": cut.count, "activation_checkpointing": checkpointing}
 
 
 def _scheduled(overrides: Mapping[str, Any], steps: Mapping[str, int], seconds: Mapping[str, float]) -> dict[str, Any]:

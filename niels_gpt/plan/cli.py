@@ -31,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--seed must be between 0 and 2^63 - 1")
     if args.memory_gb is not None and not args.memory_gb > 0:
         parser.error("--memory-gb must be above 0")
+    if args.out is not None and Path(args.out).is_dir():
+        parser.error(
+            f"--out {args.out} is a folder; give it the name of a file, such as {Path(args.out) / 'plan.json'}"
+        )
     expected = (ValueError, OSError, RuntimeError)
     return exit_status(lambda: _run(args), stopped="interrupted; nothing was written", expected=expected)
 
@@ -51,13 +55,15 @@ def _run(args: argparse.Namespace) -> int:
         ),
     )
     record = plan.record()
+    console = wide_console()
+    if args.json:
+        print(json.dumps(record, indent=2))
+    else:
+        show(console, plan, plan.settings.plan.shown)
     if args.out is not None:
         files.write_json(Path(args.out), record)
     if args.json:
-        print(json.dumps(record, indent=2))
         return 0
-    console = wide_console()
-    show(console, plan, plan.settings.plan.shown)
     if args.out is not None:
         console.print(f"\nwritten to {args.out}; run it with: niels-gpt train --plan {args.out}", markup=False)
     else:

@@ -21,6 +21,7 @@ from niels_gpt.settings import Settings, validate_overrides
 
 FORMAT, VERSION = "niels-gpt plan", 1
 SHORTEST, LONGEST = 0.05, 100.0  # hours
+NEEDED = {"name", "seconds", "total_seconds", "evaluated_windows", "prediction", "peak_bytes", "disk_bytes", "tokens"}
 UNKNOWN_ERROR = 0.08  # standard deviation of the logarithm of a text's factor that nobody has measured
 LEAST_PROBE_S = 15.0
 Say = Callable[[str], None]
@@ -161,6 +162,12 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is a plan of version {found.get('version')}, this program reads {VERSION}; plan again"
         )
-    if missing := sorted({"hours", "seed", "chosen", "settings", "device"} - set(found)):
-        raise ValueError(f"{path} lacks {', '.join(missing)}; plan again")
+    missing = {"hours", "seed", "chosen", "settings", "device"} - set(found)
+    chosen = found.get("chosen")
+    if not isinstance(chosen, dict):
+        missing.add("chosen")
+    else:
+        missing |= {f"chosen.{key}" for key in NEEDED - set(chosen)}
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; plan again")
     return found

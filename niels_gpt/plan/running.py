@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from niels_gpt.plan.table import clock
 from niels_gpt.settings import PHASES, Settings, validate_overrides
 from niels_gpt.train.distributed import is_torchrun
 from niels_gpt.train.pipeline import run_pipeline
-from niels_gpt.train.prepare import Say, make_caches, make_tokenizer, set_other_runs_aside, step
+from niels_gpt.train.prepare import Say, compile_kernels, make_caches, make_tokenizer, set_other_runs_aside, step
 from niels_gpt.train.start import TimeLimit
 
 KEPT = "plan.json"  # in the folder of a run
@@ -50,26 +51,27 @@ def run_planned(path: Path, *, device: str | None = None, no_resume: bool = Fals
     console.print(f"{path}: {chosen['name']}, {clock(total)} in {Path.cwd()}", markup=False)
     tokenizer = step(console, "1/4 tokenizer", lambda say: make_tokenizer(settings, record["seed"], say))
     step(console, "2/4 caches", lambda say: make_caches(settings, tokenizer, say))
+    compile_kernels(settings, chosen_device, console)
     set_other_runs_aside(settings, console, any_budget=True)
+    earlier = 0.0 if no_resume else sum(trained.seconds for trained in _trained().values())
     planned = chosen["seconds"]
     left = total - (time.time() - began) - planned["evaluation"]
     training = max(left, LEAST_SHARE * (planned["pretrain"] + planned["sft"]))
     console.print(f"[3/4 training] {clock(training)}", markup=False)
     try:
-        done = run_pipeline(
-            record["settings"], device=chosen_device, no_auto_resume=no_resume, limit=TimeLimit(training / 60)
-        )
+        run_pipeline(record["settings"], device=chosen_device, no_auto_resume=no_resume, limit=TimeLimit(training / 60))
     finally:
         _keep(record)
     windows = chosen["evaluated_windows"]
     bits = step(console, "4/4 evaluation", lambda say: _bits(settings, chosen_device, windows, say))
+    steps = {phase: trained.steps for phase, trained in _trained().items()}
     actual = {
-        "seconds": time.time() - began,
+        "seconds": earlier + time.time() - began,
         "peak_bytes": peak_memory(chosen_device),
         "disk_bytes": disk_use(_made(settings)),
         "bpb": bits,
-        "steps": {phase: result["final_step"] for phase, result in done.items()},
-        "tokens": sum(result["final_step"] * step_tokens(settings, phase) for phase, result in done.items()),
+        "steps": steps,
+        "tokens": sum(n * step_tokens(settings, phase) for phase, n in steps.items()),
     }
     _keep({**record, "actual": actual})
     console.print(comparison(chosen, actual))
@@ -98,17 +100,29 @@ def _bits(settings: Settings, device: str, windows: int | None, say: Say) -> flo
     return found.value
 
 
-def _run_folders() -> list[Path]:
-    """Of the runs that the newest checkpoints belong to."""
-    found = []
+@dataclass(frozen=True)
+class Trained:
+    """What the newest checkpoint of a phase says: its run's folder, steps, and seconds over all sessions."""
+
+    folder: Path
+    steps: int
+    seconds: float
+
+
+def _trained() -> dict[str, Trained]:
+    found = {}
     for phase in PHASES:
         path = ckpt.newest_good(phase)
         if path is not None:
-            record = ckpt.load_checkpoint(path, device="cpu")["resume"] or {}
+            loaded = ckpt.load_checkpoint(path, device="cpu")
+            record = loaded["resume"] or {}
             folder = paths.RUNS_DIR / str(record.get("run_id"))
-            if folder.is_dir():
-                found.append(folder)
+            found[phase] = Trained(folder, int(loaded["step"]), float(record.get("elapsed_s", 0.0)))
     return found
+
+
+def _run_folders() -> list[Path]:
+    return [trained.folder for trained in _trained().values() if trained.folder.is_dir()]
 
 
 def _keep(record: Mapping[str, Any]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from niels_gpt import spm_training
-from niels_gpt.data.registry import canonical_name, get_source
-from niels_gpt.device import memory_in_use
+from niels_gpt.data.registry import canonical_name, forget_text, get_source
+from niels_gpt.device import memory_in_use, peak_memory, return_freed_memory, usable_cores
 from niels_gpt.settings import Settings
 from niels_gpt.special_tokens import SPECIAL_TOKEN_IDS
 from niels_gpt.tokenizer import SentencePieceTokenizer
@@ -21,7 +20,6 @@ META_BYTES = 2000
 TURN_TOKENS = 2  # sentinels around a message of a chat
 SPLITS = ("train", "val")
 SAMPLE_BYTES = 1_000_000  # of text that is tokenized to see how fast that goes
-BUILDING_BYTES = 25e6  # memory that building caches leaves taken
 WORKERS_START_S = 2.0  # starting the processes that tokenize
 TOKENIZER_BYTES = 12_000_000  # of text that a tokenizer is trained on in a probe; more is scaled up
 Say = Callable[[str], None]
@@ -47,7 +45,7 @@ class Text:
     bytes_per_token: float
     tokenizer_s: float
     caches_s: float
-    left_bytes: float  # memory that a process keeps of reading and tokenizing all this
+    preparing_bytes: float  # memory of a process at the highest while it makes tokenizer and caches
 
     @property
     def unique_tokens(self) -> float:
@@ -106,26 +104,35 @@ def read_text(settings: Settings, say: Say) -> Text:
     began = time.perf_counter()
     chats = [_count_chats(settings, name, say) for name in sorted(settings.data.mix_sft)]
     chats_s = time.perf_counter() - began
+    seen = sum(source.train_bytes for source in text)
+    more = max(1.0, seen / TOKENIZER_BYTES)
+    training_s, seconds_per_byte, bytes_per_token = _try_tokenizing(settings, seen, say)
+    total = sum(s.train_bytes + s.val_bytes for s in (*text, *chats))
+    caches_s = text_s + chats_s + total * seconds_per_byte / _encoding_cores() + WORKERS_START_S
+    highest = before + (peak_memory("cpu") - before) * more
+    forget_text()
+    return_freed_memory()
+    return Text(tuple(text), tuple(chats), bytes_per_token, text_s / 2 + training_s * more, caches_s, highest)
+
+
+def _try_tokenizing(settings: Settings, seen: int, say: Say) -> tuple[float, float, float]:
+    """Seconds that a tokenizer takes on at most `TOKENIZER_BYTES`, seconds a byte with it, bytes a token."""
     say("training a tokenizer")
-    sample, seen = _texts(settings, TOKENIZER_BYTES), sum(source.train_bytes for source in text)
+    sample = _texts(settings, TOKENIZER_BYTES)
     began = time.perf_counter()
     tokenizer = _tokenizer(sample, settings.tokenizer.vocab_size)
-    training_s = (time.perf_counter() - began) * max(1.0, seen / TOKENIZER_BYTES)
+    training_s = time.perf_counter() - began
     say("tokenizing a sample")
     every = max(1, len(sample) * SAMPLE_BYTES // max(1, min(seen, TOKENIZER_BYTES)))
     spread = sample[:: max(1, len(sample) // every)]
     size = sum(len(one.encode()) for one in spread)
     began = time.perf_counter()
     tokens = sum(len(tokenizer.encode(one)) + 1 for one in spread)
-    seconds_per_byte = (time.perf_counter() - began) / size
-    kept = max(0.0, memory_in_use("cpu") - before) * max(1.0, seen / TOKENIZER_BYTES)
-    total = sum(s.train_bytes + s.val_bytes for s in (*text, *chats))
-    caches_s = text_s + chats_s + total * seconds_per_byte / _encoding_cores() + WORKERS_START_S
-    return Text(tuple(text), tuple(chats), size / tokens, text_s / 2 + training_s, caches_s, kept + BUILDING_BYTES)
+    return training_s, (time.perf_counter() - began) / size, size / tokens
 
 
 def _encoding_cores() -> float:
-    return max(1.0, 0.8 * (os.cpu_count() or 1))
+    return max(1.0, 0.8 * usable_cores())
 
 
 def _count_text(settings: Settings, name: str, say: Say) -> Source:
@@ -159,7 +166,7 @@ def _texts(settings: Settings, most: int) -> list[str]:
         assert documents is not None
         for document in documents(settings, "train"):
             kept.append(document.text)
-            size += len(document.text)
+            size += len(document.text.encode("utf-8", "surrogatepass"))
             if size >= most:
                 return kept
     return kept

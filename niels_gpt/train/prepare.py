@@ -19,9 +19,9 @@ from niels_gpt import checkpoint as ckpt
 from niels_gpt import files, paths
 from niels_gpt.cache.pretrain import build_pretrain
 from niels_gpt.cache.sft import build_sft
-from niels_gpt.data.registry import get_source
+from niels_gpt.data.registry import forget_text, get_source
 from niels_gpt.data.types import Document
-from niels_gpt.device import resolve_device
+from niels_gpt.device import resolve_device, return_freed_memory
 from niels_gpt.infer.native import decoder
 from niels_gpt.model.native import ops as native
 from niels_gpt.settings import PHASES, Settings
@@ -82,7 +82,10 @@ def _none(settings: Settings, split: str) -> Iterator[Document]:
 
 
 def make_caches(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> None:
-    """Build the token caches of both phases; each is kept if data, split and tokenizer are the same."""
+    """Build the token caches of both phases; each is kept if data, split and tokenizer are the same.
+
+    What the text took of memory is given back: a run reads caches only, and may last for hours.
+    """
     caches, reused, tokens = settings.data.caches, 0, 0
     for name in sorted(settings.data.mix_pretrain):
         say(f"{name} text")
@@ -93,6 +96,8 @@ def make_caches(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say)
         say(f"{name} chats")
         meta = build_sft(settings, tokenizer, name, root=caches.sft_token_cache)
         reused += bool(meta.get("reused"))
+    forget_text()
+    return_freed_memory()
     total = len(settings.data.mix_pretrain) + len(settings.data.mix_sft)
     kept = f", {reused} of {total} caches reused" if reused else ""
     say(f"{tokens:,} tokens to pretrain on{kept}")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from niels_gpt.data import chitchat
+from niels_gpt.data.registry import forget_text
 from niels_gpt.settings import Settings, validate_overrides
 
 
@@ -121,3 +122,11 @@ def test_the_package_itself() -> None:
     assert counts == {"train": 15533, "val": 2162}
     about = chitchat.describe(settings, "pretrain")
     assert about["dataset_version"] == "0.9.0" and len(about["files"]["dataset.json"]) == 64
+
+
+def test_what_was_read_is_kept_until_it_is_to_be_forgotten(dataset: Any) -> None:
+    dataset(dialogue(group("A", "hi"), group("B", "hello")))
+    assert list(chitchat.documents(chosen(), "train"))
+    assert chitchat._read.cache_info().currsize == 1
+    forget_text()
+    assert chitchat._read.cache_info().currsize == 0

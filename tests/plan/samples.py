@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from niels_gpt.bench.trial import Result, Trial
-from niels_gpt.plan.candidates import Question
+from niels_gpt.plan.candidates import RUN_BYTES, Question
 from niels_gpt.plan.cost import Costs, Measured, activations, states_bytes
 from niels_gpt.plan.law import KNOWN_TEXT, Scale, shipped_law
 from niels_gpt.plan.limits import Limits
@@ -21,7 +21,7 @@ TEXT = Text(
     bytes_per_token=3.7,
     tokenizer_s=5.0,
     caches_s=15.0,
-    left_bytes=1e8,
+    preparing_bytes=5e8,
 )
 
 
@@ -44,14 +44,19 @@ def measured(shape: Shape) -> Measured:
         shape.name,
         flops,
         FIXED_S + flops / FLOPS,
-        round(true_peak(settings)),
+        round(trial_peak(settings)),
         states_bytes(settings),
         activations(settings),
     )
 
 
-def true_peak(settings: Settings) -> float:
+def trial_peak(settings: Settings) -> float:
     return BASE + states_bytes(settings) + PER_ACTIVATION * activations(settings)
+
+
+def true_peak(settings: Settings) -> float:
+    """Of a run, which takes more than a trial of its step."""
+    return trial_peak(settings) + RUN_BYTES
 
 
 def costs() -> Costs:

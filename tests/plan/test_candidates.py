@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from niels_gpt.plan.candidates import best_tokens, candidates
+from niels_gpt.plan.candidates import _cut, best_tokens, candidates
 from niels_gpt.plan.law import shipped_law
 from niels_gpt.plan.recipe import Size
 from niels_gpt.settings import validate_overrides
@@ -49,10 +49,25 @@ def test_nothing_that_needs_more_memory_than_there_is() -> None:
         found = candidates(asked, costs())
         assert found and all(one.peak_bytes <= memory for one in found)
         for one in found:  # the prediction is that of the machine
-            assert true_peak(validate_overrides(one.overrides)) + TEXT.left_bytes <= 1.02 * memory
+            assert true_peak(validate_overrides(one.overrides)) <= 1.02 * memory
     cut = next(one for one in found if one.accum_steps > 1)
     assert cut.micro_B * cut.accum_steps == 16  # the same batch in smaller microbatches
     assert len(found) < len(candidates(question(20.0), costs()))
+
+
+def test_text_may_take_more_memory_than_training() -> None:
+    large = replace(TEXT, preparing_bytes=3e9)
+    found = candidates(question(1.0, text=large), costs())
+    assert min(one.peak_bytes for one in found) == 3e9
+    with pytest.raises(ValueError, match="no model fits"):
+        candidates(question(1.0, memory=2 * GB, text=large), costs())
+
+
+def test_a_batch_is_cut_and_never_changed() -> None:
+    recipe = {"micro_B": 24, "accum_steps": 2}
+    for limit in (32, 24, 16, 12, 5, 1):
+        cut = _cut(recipe, limit, False)
+        assert cut["micro_B"] <= limit and cut["micro_B"] * cut["accum_steps"] == 48
 
 
 def test_nothing_that_does_not_fit_on_the_disk() -> None:

@@ -126,6 +126,9 @@ def test_what_cannot_be_planned_is_one_line(tmp_path: Path, capsys: pytest.Captu
         assert main(["plan", "--hours", "0.1", "--out", "plan.json", *arguments]) == 1
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "plan.json").exists()
+    with pytest.raises(SystemExit) as stopped:  # before a minute of measuring, not after
+        main(["plan", "--hours", "0.1", "--out", str(tmp_path)])
+    assert stopped.value.code == 2 and "is a folder; give a file" in capsys.readouterr().err
 
 
 def test_files_that_are_no_plan(tmp_path: Path) -> None:
@@ -137,6 +140,11 @@ def test_files_that_are_no_plan(tmp_path: Path) -> None:
         ('{"model": {}}', "is no plan"),
         ('{"format": "niels-gpt plan", "version": 9}', "version 9"),
         ('{"format": "niels-gpt plan", "version": 1, "hours": 1}', "lacks chosen, device, seed, settings"),
+        (
+            '{"format": "niels-gpt plan", "version": 1, "hours": 1, "seed": 1, "device": "cpu", "settings": {},'
+            ' "chosen": {"name": "64x2", "seconds": {}}}',
+            "lacks chosen.disk_bytes, .*chosen.total_seconds; plan again",
+        ),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=said):

@@ -92,14 +92,17 @@ def test_one_that_is_stopped_goes_on(record: dict[str, Any], tmp_path: Path) -> 
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if "[pretrain] step 1 " in line:  # there always is one
+            if "[sft] step 1 " in line:  # there always is one
                 process.send_signal(signal.SIGTERM)  # which a shell never has ignored
         assert process.wait() == 128 + signal.SIGTERM
-    assert list(tmp_path.glob(f"runs/*/{KEPT}"))  # the plan is with what there is of its run
+    assert len(list(tmp_path.glob(f"runs/*/{KEPT}"))) == 2  # the plan is with what there is of its runs
     out = carried_out(tmp_path)
     assert "reused here/tokenizer/spm.model" in out and "2 of 2 caches reused" in out and "moved to" not in out
     assert "resumed from" in out and "planned and actual" in out
     assert (tmp_path / "checkpoints/sft/best.pt").is_file()
+    actual = json.loads(next(tmp_path.glob(f"runs/*/{KEPT}")).read_text())["actual"]
+    assert set(actual["steps"]) == {"pretrain", "sft"} and actual["steps"]["pretrain"] > 0  # of the session before
+    assert actual["seconds"] > sum(SECONDS[part] for part in ("start", "pretrain", "sft"))
 
 
 def test_only_checkpoints_of_other_settings_are_moved_away(

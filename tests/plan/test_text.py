@@ -11,6 +11,7 @@ from niels_gpt.plan.recipe import seeded, tuned
 from niels_gpt.plan.running import disk_use
 from niels_gpt.plan.text import mix_of, read_text
 from niels_gpt.settings import validate_overrides
+from niels_gpt.train import prepare
 from niels_gpt.train.prepare import make_caches, make_tokenizer
 
 VOCABULARY = 1024
@@ -31,20 +32,23 @@ def on_primer(folder: Path) -> dict[str, Any]:
     return {**recipe, "data": data, "tokenizer": tokenizer, "model": {**recipe["model"], "V": VOCABULARY, "T": 64}}
 
 
-def test_what_was_counted_is_what_the_caches_hold(tmp_path: Path) -> None:
+def test_what_was_counted_is_what_the_caches_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = validate_overrides(on_primer(tmp_path))
     said: list[str] = []
     text = read_text(settings, said.append)
     assert said[0] == "counting the text of primer" and len(said) == 4
     assert not any(tmp_path.iterdir())  # a plan makes nothing
     tokens: list[str] = []
+    forgotten: list[bool] = []
+    monkeypatch.setattr(prepare, "forget_text", lambda: forgotten.append(True))
     tokenizer = make_tokenizer(settings, 42, lambda line: None)
     make_caches(settings, tokenizer, tokens.append)
+    assert forgotten
     held = int(tokens[-1].split()[0].replace(",", ""))
     assert text.unique_tokens == pytest.approx(held, rel=0.02)
     built = disk_use([tmp_path / "data"])
     assert text.cache_bytes == pytest.approx(built, rel=0.06)
-    assert text.tokenizer_s > 0 and text.caches_s > 0 and text.left_bytes > 0
+    assert text.tokenizer_s > 0 and text.caches_s > 0 and text.preparing_bytes > 1e8
 
 
 def test_a_mix_goes_by_size() -> None:
