@@ -12,6 +12,7 @@ from niels_gpt.device import memory_in_use, peak_memory, return_freed_memory, us
 from niels_gpt.settings import Settings
 from niels_gpt.special_tokens import SPECIAL_TOKEN_IDS
 from niels_gpt.tokenizer import SentencePieceTokenizer
+from niels_gpt.tokenizer.corpus import MIX_BYTES, mix_corpora
 
 PRIMER = "primer"  # in every mix, with the recipe's share: it is what the chats are about
 TOKEN_BYTES, LABEL_BYTES, DOCUMENT_BYTES = 2, 4, 24  # in caches: ids, labels of chats, index of documents and chats
@@ -105,30 +106,43 @@ def read_text(settings: Settings, say: Say) -> Text:
     chats = [_count_chats(settings, name, say) for name in sorted(settings.data.mix_sft)]
     chats_s = time.perf_counter() - began
     seen = sum(source.train_bytes for source in text)
-    more = max(1.0, seen / TOKENIZER_BYTES)
-    training_s, seconds_per_byte, bytes_per_token = _try_tokenizing(settings, seen, say)
+    tried = _try_tokenizing(settings, say)
+    more = max(1.0, min(seen, MIX_BYTES) / tried.read_bytes)  # what a run's tokenizer reads beyond that
     total = sum(s.train_bytes + s.val_bytes for s in (*text, *chats))
-    caches_s = text_s + chats_s + total * seconds_per_byte / _encoding_cores() + WORKERS_START_S
+    caches_s = text_s + chats_s + total * tried.seconds_per_byte / _encoding_cores() + WORKERS_START_S
     highest = before + (peak_memory("cpu") - before) * more
     forget_text()
     return_freed_memory()
-    return Text(tuple(text), tuple(chats), bytes_per_token, text_s / 2 + training_s * more, caches_s, highest)
+    tokenizer_s = text_s / 2 + tried.training_s * more
+    return Text(tuple(text), tuple(chats), tried.bytes_per_token, tokenizer_s, caches_s, highest)
 
 
-def _try_tokenizing(settings: Settings, seen: int, say: Say) -> tuple[float, float, float]:
-    """Seconds that a tokenizer takes on at most `TOKENIZER_BYTES`, seconds a byte with it, bytes a token."""
+@dataclass(frozen=True)
+class Tried:
+    """A tokenizer trained on some of the text, and what it took."""
+
+    read_bytes: int
+    training_s: float
+    seconds_per_byte: float  # of tokenizing
+    bytes_per_token: float
+
+
+def _try_tokenizing(settings: Settings, say: Say) -> Tried:
+    """Train a tokenizer on at most `TOKENIZER_BYTES` and tokenize a sample with it."""
     say("training a tokenizer")
-    sample = _texts(settings, TOKENIZER_BYTES)
+    corpora = mix_corpora(settings, TOKENIZER_BYTES)
+    sample = [text for corpus in corpora for text in corpus.unchecked()]
+    read = sum(corpus.read["bytes"] for corpus in corpora)
     began = time.perf_counter()
     tokenizer = _tokenizer(sample, settings.tokenizer.vocab_size)
     training_s = time.perf_counter() - began
     say("tokenizing a sample")
-    every = max(1, len(sample) * SAMPLE_BYTES // max(1, min(seen, TOKENIZER_BYTES)))
+    every = max(1, len(sample) * SAMPLE_BYTES // max(1, read))
     spread = sample[:: max(1, len(sample) // every)]
     size = sum(len(one.encode()) for one in spread)
     began = time.perf_counter()
     tokens = sum(len(tokenizer.encode(one)) + 1 for one in spread)
-    return training_s, (time.perf_counter() - began) / size, size / tokens
+    return Tried(read, training_s, (time.perf_counter() - began) / size, size / tokens)
 
 
 def _encoding_cores() -> float:
@@ -156,20 +170,6 @@ def _count_chats(settings: Settings, name: str, say: Say) -> Source:
             sizes["train" if split == "all" else split] += sum(len(m.content.encode()) for m in chat.messages)
             chats, messages = chats + 1, messages + len(chat.messages)
     return Source(name, sizes["train"], sizes["val"], chats, messages)
-
-
-def _texts(settings: Settings, most: int) -> list[str]:
-    """Training texts of all sources in turn, up to so many bytes."""
-    kept, size = [], 0
-    for name in sorted(settings.data.mix_pretrain):
-        documents = get_source(name).documents
-        assert documents is not None
-        for document in documents(settings, "train"):
-            kept.append(document.text)
-            size += len(document.text.encode("utf-8", "surrogatepass"))
-            if size >= most:
-                return kept
-    return kept
 
 
 def _tokenizer(texts: Sequence[str], vocab_size: int) -> SentencePieceTokenizer:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,12 +20,12 @@ from niels_gpt import files, paths
 from niels_gpt.cache.pretrain import build_pretrain
 from niels_gpt.cache.sft import build_sft
 from niels_gpt.data.registry import forget_text, get_source
-from niels_gpt.data.types import Document
 from niels_gpt.device import resolve_device, return_freed_memory
 from niels_gpt.infer.native import decoder
 from niels_gpt.model.native import ops as native
 from niels_gpt.settings import PHASES, Settings
 from niels_gpt.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
+from niels_gpt.tokenizer.corpus import mix_corpora
 from niels_gpt.train.sft import sft_fingerprint
 from niels_gpt.train.start import fingerprint
 
@@ -59,7 +59,7 @@ def compile_kernels(settings: Settings, device: str | None, console: Console) ->
 
 
 def make_tokenizer(settings: Settings, seed: int, say: Say) -> SentencePieceTokenizer:
-    """Train the tokenizer on the training documents of the mix, or use the one that is there and still right."""
+    """Train the tokenizer on documents of the mix, 50 MB at most, or use the one that is there and still right."""
     path = Path(settings.tokenizer.model_path)
     meta_path = path.with_name("tokenizer_meta.json")
     sources = {name: get_source(name).describe(settings, "pretrain") for name in sorted(settings.data.mix_pretrain)}
@@ -70,15 +70,11 @@ def make_tokenizer(settings: Settings, seed: int, say: Say) -> SentencePieceToke
             say(f"reused {path}")
             return load_tokenizer(path)
     say("reading text")
-    texts = (document.text for name in sources for document in (get_source(name).documents or _none)(settings, "train"))
+    texts = (text for corpus in mix_corpora(settings) for text in corpus.unchecked())
     train_tokenizer(texts, path.parent, vocab_size=settings.tokenizer.vocab_size, seed=seed, sources=wanted)
     tokenizer = load_tokenizer(path)
     say(f"{tokenizer.vocab_size:,} pieces, in {path}")
     return tokenizer
-
-
-def _none(settings: Settings, split: str) -> Iterator[Document]:
-    return iter(())
 
 
 def make_caches(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> None:
