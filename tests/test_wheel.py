@@ -152,3 +152,4 @@ def test_pip_installs_a_quickstart(wheel: Path, tmp_path: Path) -> None:
     for kind in ("hf", "gguf"):
         run("niels-gpt", "export", kind, "--ckpt", "checkpoints/best.pt", "--out", kind)
         assert any((work / kind).iterdir())
+    assert "niels-gpt train --plan plan.json" in run("niels-gpt", "plan", "--hours", "0.05", "--out", "plan.json")
