@@ -16,7 +16,7 @@ from niels_gpt.settings import PHASES, PhaseSettings, Settings, validate_overrid
 from niels_gpt.train.microbatches import Microbatches
 from niels_gpt.train.start import eval_shape
 
-RUN_BYTES = 1.0e8  # that a run takes beside steps: mapped caches, tokenizer, evaluation, logs
+RUN_BYTES = 1.5e8  # that a run takes beside steps: mapped caches, tokenizer, evaluation, logs
 START_S = 8.0  # starting the program and loading its libraries
 PHASE_S = 2.5  # of a phase's time that no step gets: opening caches, warming up, saving
 EVALUATIONS = 2  # of a phase, one on the way and one at its end
