@@ -36,6 +36,7 @@ def stream_config(settings: Settings) -> StreamBuildConfig:
         allow_missing_sources=data.streams.allow_missing_sources,
         enabled_sources=enabled,
         required_sources=needed if data.streams.required_sources is None else data.streams.required_sources,
+        gated_notes=True,
         settings=settings,
     )
 
