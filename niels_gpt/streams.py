@@ -21,11 +21,11 @@ from niels_gpt.data.notes.secrets import mask
 from niels_gpt.data.primer import split_primer_text
 from niels_gpt.data.registry import get_source
 from niels_gpt.data.text import read_text
+from niels_gpt.data.types import SPLITS
 from niels_gpt.settings import NotesSettings, Settings, StreamSource, default_settings
 from niels_gpt.special_tokens import assert_no_special_collision
-from niels_gpt.tokenizer.contract import valid_unicode
+from niels_gpt.unicode import valid_unicode
 
-SPLITS = ("train", "val")
 STREAM_SOURCES: tuple[str, ...] = get_args(StreamSource)
 FIRST_SOURCES = ("wiki", "roam", "primer")
 NOTES = "*.md"

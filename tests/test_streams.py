@@ -17,11 +17,11 @@ from niels_gpt.batching import get_batch
 from niels_gpt.data import registry
 from niels_gpt.data.primer import DIALOGUE_DELIMITER, split_primer_text
 from niels_gpt.data.registry import Source
-from niels_gpt.data.types import Document
+from niels_gpt.data.types import SPLITS, Document
 from niels_gpt.mixes import open_mixes, stream_config
 from niels_gpt.settings import Settings, validate_overrides
 from niels_gpt.special_tokens import SPECIAL_TOKENS
-from niels_gpt.streams import SPLITS, StreamBuildConfig, build_sources, build_streams, split_paths
+from niels_gpt.streams import StreamBuildConfig, build_sources, build_streams, split_paths
 from niels_gpt.tokenizer import ByteTokenizer
 from niels_gpt.train.pretrain import run_pretrain
 from tests.reference import BUNDLE, needs_bundle

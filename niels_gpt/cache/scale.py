@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from niels_gpt.cache.building import Plan, make_plan, run, write_blocks
+from niels_gpt.cache.building import CachePlan, plan_cache, run, write_blocks
 from niels_gpt.cache.encode import Block, Encoder
 from niels_gpt.cache.folder import whole_folder
 from niels_gpt.cache.integrity import open_folder
@@ -63,9 +63,9 @@ class Job:
         """The tokenizer, from its bytes."""
         return ByteTokenizer() if self.model is None else SentencePieceTokenizer.from_bytes(self.model)
 
-    def plan(self) -> Plan:
-        """What the build makes; errors as for `make_plan`."""
-        return make_plan(self.settings, self.tokenizer(), self.source, root=self.root, **self.budgets)
+    def plan(self) -> CachePlan:
+        """What the build makes; errors as for `plan_cache`."""
+        return plan_cache(self.settings, self.tokenizer(), self.source, root=self.root, **self.budgets)
 
     def work(self) -> Path:
         """The folder of the chunks: another one for another result."""
@@ -135,7 +135,7 @@ class Write:
         shutil.rmtree(work / "chunks", ignore_errors=True)
         yield from ()
 
-    def _blocks(self, plan: Plan, work: Path, part: str, first: int, encoder: Encoder) -> Iterator[Block]:
+    def _blocks(self, plan: CachePlan, work: Path, part: str, first: int, encoder: Encoder) -> Iterator[Block]:
         """The chunks in order; those that the tasks left out, who can only guess where a budget ends, are made here."""
         if first % CHUNK_DOCUMENTS:  # a build on one machine was interrupted there
             texts = islice(plan.texts(self.job.settings, part), first, None)
@@ -167,7 +167,7 @@ def _expected(ours: dict[int, int], chunk: int) -> float:
     return sum(ours.values()) / len(ours) * chunk if ours else 0.0
 
 
-def _encode(encoder: Encoder, plan: Plan, part: str, chunk: int, texts: list[str]) -> Block:
+def _encode(encoder: Encoder, plan: CachePlan, part: str, chunk: int, texts: list[str]) -> Block:
     """A chunk as one block, with the digests of its texts."""
     name, first = f"{plan.source.name}/{part}", chunk * CHUNK_DOCUMENTS
     blocks = list(encoder.blocks(texts, name, first=first, lookup=lambda digest: None))

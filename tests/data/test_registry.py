@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from niels_gpt.data import primer_source, roam, text
-from niels_gpt.data.registry import ALIASES, SOURCES, get_source, is_optional
+from niels_gpt.data.registry import SOURCES, get_source, is_optional
 from niels_gpt.settings import PRETRAIN_SOURCES, SFT_SOURCES, Settings, validate_overrides
+from niels_gpt.settings.legacy import RENAMED_SOURCES
 from tests.reference import BUNDLE, needs_bundle
 
 
@@ -65,7 +66,7 @@ def test_the_reference_caches_have_no_separators() -> None:
 def test_unknown_sources_are_refused_with_what_there_is() -> None:
     with pytest.raises(ValueError, match="unknown source 'wikipedia'; sources are chitchat, dolly15k, fineweb_edu, "):
         get_source("wikipedia")
-    for alias, name in ALIASES.items():
+    for alias, name in RENAMED_SOURCES.items():
         assert get_source(alias) is get_source(name) and get_source(name).name == name
 
 
