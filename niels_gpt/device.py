@@ -157,7 +157,7 @@ def synchronize(device: str) -> None:
 
 
 def memory_in_use(device: str) -> int:
-    """Bytes, as the device tells them: on CUDA the peak so far, on MPS the driver's figure, on CPUs the resident set."""
+    """Bytes, as the device tells them: CUDA the peak so far, MPS the driver's figure, CPUs the resident set."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     if device == "mps":

@@ -9,6 +9,7 @@ that are done are not repeated.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -199,7 +200,7 @@ def build_scaled(
     The bytes are those of `build_pretrain`.
 
     Raises:
-        ValueError: datatrove is not installed, or what `build_pretrain` raises.
+        ValueError: datatrove or Slurm is not installed, or what `build_pretrain` raises.
         RuntimeError: a task failed; its log is named.
     """
     try:
@@ -215,7 +216,13 @@ def build_scaled(
     encode = {"pipeline": [Read(job), Tokenize(job)], "tasks": where.tasks, "logging_dir": str(logs / "encode")}
     write = {"pipeline": [Write(job)], "tasks": 1, "logging_dir": str(logs / "write")}
     if where.executor == "slurm":
-        options = {"time": where.time_limit, "partition": where.partition}
+        if shutil.which("sbatch") is None:
+            raise ValueError("there is no Slurm here (no program sbatch); start this where jobs are submitted from")
+        activate = Path(sys.prefix) / "bin" / "activate"  # of the environment in which the jobs find datatrove
+        options = {
+            **{"time": where.time_limit, "partition": where.partition},
+            "venv_path": str(activate) if activate.is_file() else None,
+        }
         first = engines.SlurmPipelineExecutor(**encode, **options, job_name=f"{source}-encode")
         engines.SlurmPipelineExecutor(**write, **options, job_name=f"{source}-write", depends=first).run()
         return None
