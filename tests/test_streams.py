@@ -203,6 +203,19 @@ def test_missing_required_sources_are_all_named_with_what_to_do() -> None:
     assert not Path("streams").exists()
 
 
+def test_without_a_connection_the_error_says_how_to_do_without_wikitext(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real loader: tests see no hub, and an empty cache of it."""
+    with pytest.raises(RuntimeError) as caught:
+        build_sources(config("wiki", "primer"))
+    said = str(caught.value)
+    assert "- wiki: wikitext: it is not in the Hugging Face cache" in said and "run once with a connection" in said
+    assert "connect once, or do without it: allow_missing_sources=True or required_sources=() (quality drops)" in said
+    train, _ = build_sources(config("wiki", "primer", allow_missing_sources=True))
+    assert list(train) == ["primer"] and "warning: no byte stream wiki" in capsys.readouterr().err
+
+
 def test_allowed_missing_sources_are_left_out_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     for changes in ({"allow_missing_sources": True}, {"required_sources": ("primer",)}):
         train, val = build_sources(config("primer", "roam", roam_root="nowhere", **changes))

@@ -120,26 +120,33 @@ def run_array(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_submitted_to_slurm_makes_the_same_bytes(
-    tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_tokenizer: SentencePieceTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """All but Slurm itself: what it is told, and what the jobs that it would start do."""
-    monkeypatch.setattr(scale, "CHUNK_DOCUMENTS", 40)
-    settings, where = settings_for(tmp_path), Where("slurm", 3, "big", "01:30:00")
-    options: dict[str, Any] = {"root": tmp_path / "scaled", "where": where}
-    with pytest.MonkeyPatch.context() as elsewhere, pytest.raises(ValueError, match="there is no Slurm here"):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scale, "CHUNK_DOCUMENTS", 20)
+    write_notes(tmp_path / "text", 100)
+    build = ["build", "text", "--text-dir", "text", "--tokenizer", str(tiny_tokenizer.model_path)]
+    slurm = [*build, "--executor", "slurm", "--tasks", "3", "--partition", "big", "--time-limit", "01:30:00"]
+    with pytest.MonkeyPatch.context() as elsewhere:
         elsewhere.setenv("PATH", str(tmp_path))
-        build_scaled(settings, tiny_tokenizer, "text", **options)
+        assert cli.main(slurm) == 1
+    assert "there is no Slurm here" in capsys.readouterr().err
     jobs = programs(tmp_path, monkeypatch)
-    assert build_scaled(settings, tiny_tokenizer, "text", **options) is None
-    encode, _, write, _ = (path.read_text() for path in sorted(jobs.iterdir()))
+    assert cli.main(slurm) == 0
+    assert "pretrain/text: its tasks are queued" in capsys.readouterr().out
+    encode, _, write, _ = (path.read_text() for path in sorted(jobs.iterdir()))  # a summary of their logs after each
     assert all(f"#SBATCH --{line}\n" in encode for line in ("partition=big", "time=01:30:00", "array=0-2"))
     assert f"source {sys.prefix}/bin/activate\n" in encode or sys.prefix == sys.base_prefix
     assert "--dependency=afterok:100" in write.splitlines()[0] and "--array=0-0\n" in write
-    assert not (tmp_path / "scaled" / "text").exists()
+    assert not Path("data/cache/pretrain/text").exists()
     run_array(encode, monkeypatch)
     run_array(write, monkeypatch)
-    build_pretrain(settings, tiny_tokenizer, "text", root=tmp_path / "plain")
-    assert contents(tmp_path / "scaled" / "text") == contents(tmp_path / "plain" / "text")
+    assert cli.main([*build, "--cache-dir", "plain"]) == 0
+    assert contents(Path("data/cache/pretrain/text")) == contents(Path("plain/pretrain/text"))
 
 
 def test_the_command_and_its_errors(

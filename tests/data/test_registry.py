@@ -70,6 +70,20 @@ def test_unknown_sources_are_refused_with_what_there_is() -> None:
         assert get_source(alias) is get_source(name) and get_source(name).name == name
 
 
+def test_primer_jsonl_is_split_by_pythons_shuffle_in_the_order_of_the_file(tmp_path: Path) -> None:
+    lines = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": str(i)}]} for i in range(40)
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = settings_for(primer={"jsonl_path": str(path), "val_frac": 0.1, "seed": 42})
+    chats = get_source("primer").chats
+    assert chats is not None
+    found = {split: [int(chat.messages[1].content) for chat in chats(settings, split)] for split in ("train", "val")}
+    assert found["val"] == [3, 9, 10, 36]  # the first four of range(40) in the order of random.Random(42).shuffle
+    assert found["train"] == [i for i in range(40) if i not in found["val"]]
+
+
 def test_descriptions_are_json_and_change_with_the_data(tmp_path: Path) -> None:
     folder(tmp_path / "text", ["a.txt", "b.md"])
     folder(tmp_path / "roam", ["a.md", "b.md"])
