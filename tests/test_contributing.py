@@ -30,8 +30,8 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The copy, its primer longer by what the page says, and the commands to run then."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in COPIED:
-        kept = shutil.ignore_patterns("__pycache__", "cache", ".roam-data") if name == "data" else None
-        shutil.copytree(ROOT / name, folder / name, ignore=kept or shutil.ignore_patterns("__pycache__"))
+        own = ("cache", ".roam-data") if name == "data" else ()  # what a working copy may hold beside what is shipped
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", *own))
     shutil.copy(ROOT / "pyproject.toml", folder)
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     with open(folder / "data" / "primer.txt", "a", encoding="utf-8") as primer:

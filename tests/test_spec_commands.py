@@ -45,7 +45,7 @@ SMALLER = {  # what is written -> what is run
     "--max-new-tokens 256": "--max-new-tokens 8",
     "best.pt --no-kv-cache": "best.pt --no-kv-cache --max-new-tokens 8",
 }
-UNTIL, UNTIL_S = "--until 07:00", 10  # is run until so many seconds from now
+UNTIL, UNTIL_S = "--until 07:00", 6  # is run until so many seconds from now
 GGUF, ROUND_TRIP = (
     "test_gguf.py::test_all_types_of_a_new_model",
     "test_import.py::test_a_round_trip_gives_the_same_bits",
