@@ -17,7 +17,7 @@ from niels_gpt.quickstart import make_plan
 from niels_gpt.summary import sample_of
 from tests.train import workshop
 
-SLACK_S = 60  # for a machine that is busy; the steps of the config alone would take a quarter of an hour
+SLACK_S = 60  # for a machine that is busy; the steps of the config would take ten minutes and more
 
 
 @pytest.fixture(scope="module")
