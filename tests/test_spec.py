@@ -142,9 +142,9 @@ def test_configs_have_no_defaults(record: type[Any]) -> None:
     assert [field.name for field in dataclasses.fields(record)] == names
     with pytest.raises(TypeError, match=f"missing {len(names)} required positional arguments"):
         record()
-    made = record(*[2] * len(names))
+    made = record(**{name: 1 if name == "H" else 2 for name in names})
     with pytest.raises(dataclasses.FrozenInstanceError):
-        made.V = 3
+        setattr(made, names[0], 3)
 
 
 def test_ensure_dirs_makes_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

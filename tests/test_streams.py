@@ -305,33 +305,6 @@ def test_the_mix_goes_on_without_missing_notes(capsys: pytest.CaptureFixture[str
     assert ByteTokenizer().decode(x[0]).isprintable() or "\n" in ByteTokenizer().decode(x[0])
 
 
-def test_notes_are_learned_from_through_the_gate_of_the_caches(folder: Path) -> None:
-    """Cleaned, masked, without repeats, split in groups, by the settings of roam: what a token model reads of them."""
-    shared = "a passage of more than fifty bytes that three of the notes have in common"
-    for i in range(3):
-        Path(f"notes/deeper/shared{i}.md").write_text(f"{shared}\n{f'own{i} ' * 200}")
-    Path("notes/again.md").write_bytes(Path("notes/n00.md").read_bytes())
-    Path("notes/linked.md").write_text("See [[n00|the first]] or mail someone@example.org. " + "linked " * 90)
-    Path("notes/other.txt").write_text("unwanted " * 90)
-    overrides = byte_overrides()
-    overrides["data"]["roam"] |= {"glob_pattern": "**/*.md", "split_seed": 7, "val_frac": 0.2}  # type: ignore[index]
-    settings = validate_overrides(overrides)
-    mixes = open_mixes(settings, ByteTokenizer(), 64)
-    read = {}
-    for split in SPLITS:
-        wanted = [document.text for document in registry.get_source("roam").documents(settings, split)]
-        (stream,) = mixes[split][0]["roam"].arrays
-        read[split] = stream.tobytes().decode()
-        assert read[split] == "\n\n".join(wanted)
-    text = read["train"] + read["val"]
-    assert text.count("note 0\n") == 1 and "See the first" in text
-    assert "someone@example.org" not in text and "unwanted" not in text
-    assert sum(shared in part for part in read.values()) == 1
-    Path("notes/n03.md").write_text("new words " * 90)
-    open_mixes(settings, ByteTokenizer(), 64)
-    assert sum(b"new words" in path.read_bytes() for path in Path("data/cache/streams").glob("roam_*.bin")) == 1
-
-
 def test_wikitext_of_the_mix_is_the_stream_wiki(wiki: dict[str, list[str]]) -> None:
     overrides = byte_overrides()
     overrides["data"] |= {  # type: ignore[operator]

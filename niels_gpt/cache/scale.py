@@ -185,6 +185,15 @@ def _path(work: Path, part: str, chunk: int) -> Path:
     return work / "chunks" / f"{part}_{chunk:08d}.npz"
 
 
+def _slurm_options(where: Where) -> dict[str, Any]:
+    """How Slurm runs the tasks: where, how long, and in the environment of this process, where they find datatrove."""
+    if shutil.which("sbatch") is None:
+        raise ValueError("there is no Slurm here (no program sbatch); start this where jobs are submitted from")
+    activate = Path(sys.prefix) / "bin" / "activate"
+    venv = str(activate) if activate.is_file() else None
+    return {"time": where.time_limit, "partition": where.partition, "venv_path": venv}
+
+
 def build_scaled(
     settings: Settings,
     tokenizer: Tokenizer,
@@ -216,13 +225,7 @@ def build_scaled(
     encode = {"pipeline": [Read(job), Tokenize(job)], "tasks": where.tasks, "logging_dir": str(logs / "encode")}
     write = {"pipeline": [Write(job)], "tasks": 1, "logging_dir": str(logs / "write")}
     if where.executor == "slurm":
-        if shutil.which("sbatch") is None:
-            raise ValueError("there is no Slurm here (no program sbatch); start this where jobs are submitted from")
-        activate = Path(sys.prefix) / "bin" / "activate"  # of the environment in which the jobs find datatrove
-        options = {
-            **{"time": where.time_limit, "partition": where.partition},
-            "venv_path": str(activate) if activate.is_file() else None,
-        }
+        options = _slurm_options(where)
         first = engines.SlurmPipelineExecutor(**encode, **options, job_name=f"{source}-encode")
         engines.SlurmPipelineExecutor(**write, **options, job_name=f"{source}-write", depends=first).run()
         return None
