@@ -165,7 +165,7 @@ def synchronize(device: str) -> None:
 
 
 def memory_in_use(device: str) -> int:
-    """Bytes: the allocator's peak on CUDA, the driver's figure on MPS, this process's resident set on CPUs."""
+    """Bytes, as the device tells them: CUDA the peak so far, MPS the driver's figure, CPUs the resident set."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     if device == "mps":

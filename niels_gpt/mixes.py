@@ -11,18 +11,23 @@ from niels_gpt import files
 from niels_gpt.batching import TokenStream
 from niels_gpt.cache.pretrain import open_mix
 from niels_gpt.data.registry import canonical_name, is_optional
+from niels_gpt.data.types import SPLITS
 from niels_gpt.settings import Settings
-from niels_gpt.streams import SPLITS, Progress, StreamBuildConfig, build_streams
+from niels_gpt.streams import Progress, StreamBuildConfig, build_streams
 from niels_gpt.tokenizer import Tokenizer
 
-STREAM_NAMES = {"wikitext": "wiki"}  # of sources whose streams are called otherwise
 Mixes = dict[str, tuple[dict[str, TokenStream], dict[str, float]]]  # split -> streams, weights
+
+
+def stream_name(source: str) -> str:
+    """What the byte stream of a source is called; its published name, where that differs."""
+    return "wiki" if source == "wikitext" else source
 
 
 def stream_config(settings: Settings) -> StreamBuildConfig:
     """The streams that training a byte model needs: by default those of its mix, all required but optional ones."""
     data = settings.data
-    mixed = dict.fromkeys(STREAM_NAMES.get(name, name) for name in (*data.mix_pretrain, data.val_pretrain_source))
+    mixed = dict.fromkeys(stream_name(name) for name in (*data.mix_pretrain, data.val_pretrain_source))
     enabled = tuple(mixed) if data.streams.enabled_sources is None else data.streams.enabled_sources
     needed = tuple(name for name in enabled if not is_optional(canonical_name(name)))
     return StreamBuildConfig(
@@ -36,6 +41,7 @@ def stream_config(settings: Settings) -> StreamBuildConfig:
         allow_missing_sources=data.streams.allow_missing_sources,
         enabled_sources=enabled,
         required_sources=needed if data.streams.required_sources is None else data.streams.required_sources,
+        gated_notes=True,
         settings=settings,
     )
 
@@ -49,9 +55,7 @@ def open_mixes(settings: Settings, tokenizer: Tokenizer, T: int) -> Mixes:
         return {split: open_mix(settings, tokenizer, split, T) for split in SPLITS}
     with _shown() as progress:
         built = build_streams(stream_config(settings), progress)
-    own = {
-        STREAM_NAMES.get(name, name): name for name in (*settings.data.mix_pretrain, settings.data.val_pretrain_source)
-    }
+    own = {stream_name(name): name for name in (*settings.data.mix_pretrain, settings.data.val_pretrain_source)}
     on_streams = _on_streams(settings, set(built["train"]))
     mixes: Mixes = {}
     for split in SPLITS:
@@ -63,8 +67,8 @@ def open_mixes(settings: Settings, tokenizer: Tokenizer, T: int) -> Mixes:
 def _on_streams(settings: Settings, built: set[str]) -> Settings:
     """The settings with the streams that were built in place of the token caches of the mix."""
     data = settings.data
-    mix = {STREAM_NAMES.get(name, name): weight for name, weight in data.mix_pretrain.items()}
-    val = STREAM_NAMES.get(data.val_pretrain_source, data.val_pretrain_source)
+    mix = {stream_name(name): weight for name, weight in data.mix_pretrain.items()}
+    val = stream_name(data.val_pretrain_source)
     left = {name: weight for name, weight in mix.items() if name in built}
     if not left or val not in built:
         what = f"the validation source {data.val_pretrain_source}" if left else "every source of data.mix_pretrain"
@@ -82,7 +86,7 @@ def _on_streams(settings: Settings, built: set[str]) -> Settings:
 def text_hashes(settings: Settings, names: Iterable[str]) -> dict[str, str]:
     """sha256 of the training bytes of every source: what a run on streams depends on."""
     root = Path(settings.data.caches.streams_token_cache)
-    notes = {name: root / f"{STREAM_NAMES.get(name, name)}_train.meta.json" for name in sorted(names)}
+    notes = {name: root / f"{stream_name(name)}_train.meta.json" for name in sorted(names)}
     return {name: files.read_json(note).get("sha256", "") for name, note in notes.items() if note.is_file()}
 
 

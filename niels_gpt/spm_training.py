@@ -13,8 +13,8 @@ import sentencepiece
 
 from niels_gpt.settings import PIECE_IDS
 from niels_gpt.special_tokens import SPECIAL_TOKEN_IDS, SPECIAL_TOKENS
+from niels_gpt.unicode import BLANK
 
-BLANK = "\u2581"  # SentencePiece writes a blank so, and takes a real U+2581 for one
 CHUNK_CHARS = 100_000  # SentencePiece drops "sentences" above its limit without a word
 
 

@@ -21,11 +21,11 @@ from niels_gpt.data.notes.secrets import mask
 from niels_gpt.data.primer import split_primer_text
 from niels_gpt.data.registry import get_source
 from niels_gpt.data.text import read_text
+from niels_gpt.data.types import SPLITS
 from niels_gpt.settings import NotesSettings, Settings, StreamSource, default_settings
 from niels_gpt.special_tokens import assert_no_special_collision
-from niels_gpt.tokenizer.contract import valid_unicode
+from niels_gpt.unicode import valid_unicode
 
-SPLITS = ("train", "val")
 STREAM_SOURCES: tuple[str, ...] = get_args(StreamSource)
 FIRST_SOURCES = ("wiki", "roam", "primer")
 NOTES = "*.md"
@@ -42,7 +42,11 @@ Streams = dict[str, Path]  # source -> file
 
 @dataclass(frozen=True)
 class StreamBuildConfig:
-    """Where text comes from, how it is split, and which sources there must be. One seed splits notes and primer."""
+    """Where text comes from, how it is split, and which sources there must be. One seed splits notes and primer.
+
+    Notes are joined as they are, but for secrets, like published streams. With `gated_notes` they are the documents of
+    the token caches instead: cleaned, without repeats, split in groups, all as `settings.data` says (data/roam.py).
+    """
 
     roam_root: str | Path = Path(_DATA.roam.root_dir)
     primer_path: str | Path = Path(_DATA.primer.path)
@@ -56,6 +60,7 @@ class StreamBuildConfig:
     allow_missing_sources: bool = False
     enabled_sources: tuple[str, ...] = FIRST_SOURCES
     required_sources: tuple[str, ...] = FIRST_SOURCES
+    gated_notes: bool = False
     settings: Settings = field(default_factory=default_settings, repr=False)  # of the sources not named above
 
 
@@ -140,7 +145,7 @@ class _Recipe:
 
 def _recipe(cfg: StreamBuildConfig, name: str, split: str) -> _Recipe:
     """FileNotFoundError if its files are not there."""
-    if name == "roam":
+    if name == "roam" and not cfg.gated_notes:
         return _roam(cfg, split)
     if name == "primer":
         return _primer(cfg, split)

@@ -7,6 +7,7 @@ import dataclasses
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,28 +94,57 @@ def test_items_have_tests_that_need_no_published_vectors() -> None:
 def needs_vectors(path: Path, name: str) -> bool:
     """Whether a test skips where the published vectors are absent."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    holders = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
-    return any(
-        "needs_bundle" in ast.unparse(decorator)
-        for holder in holders
-        for node in holder.body
-        if isinstance(node, ast.FunctionDef) and node.name == name.rpartition(".")[2]
-        for decorator in [*node.decorator_list, *getattr(holder, "decorator_list", [])]
-    )
+    owner, _, own = name.rpartition(".")
+    holders: list[ast.Module | ast.ClassDef] = [tree]
+    holders += [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == owner]
+    marks: list[ast.AST] = []
+    for holder in holders:
+        marks += getattr(holder, "decorator_list", [])
+        for node in holder.body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
+                marks.append(node.value)
+            if isinstance(node, ast.FunctionDef) and node.name == own and holder is holders[-1]:
+                marks += node.decorator_list
+    return any("needs_bundle" in ast.unparse(mark) for mark in marks)
+
+
+def test_marks_of_a_test_its_class_and_its_file_are_seen(tmp_path: Path) -> None:
+    one = "class TestA:\n    def test_x(self): ...\n    @needs_bundle\n    def test_y(self): ...\n"
+    for i, (text, wanted) in enumerate(
+        (
+            (one, [False, True]),
+            (f"@needs_bundle\n{one}", [True, True]),
+            (f"pytestmark = [needs_bundle]\n{one}", [True, True]),
+            (one.replace(":\n", ":\n    pytestmark = needs_bundle\n", 1), [True, True]),
+        )
+    ):
+        path = tmp_path / f"{i}.py"
+        path.write_text(text)
+        assert [needs_vectors(path, f"TestA.test_{which}") for which in "xy"] == wanted
 
 
 # what no other test shows
 
 
-def test_configs_have_no_defaults() -> None:
-    for record, fields in ((ModelConfig, 8), (TrainConfig, 27)):
-        assert len(dataclasses.fields(record)) == fields
-        with pytest.raises(TypeError):
-            record()
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    assert names[:4] == ["seed", "B", "total_steps", "eval_every"]
-    assert names[11:16] == ["accum_steps", "amp", "amp_dtype", "activation_checkpointing", "optimizer"]
-    assert names[-3:] == ["save_best", "best_metric", "best_metric_weights"]
+PUBLISHED_FIELDS = {
+    ModelConfig: "V T C L H d_ff dropout rope_theta",
+    TrainConfig: (
+        "seed B total_steps eval_every eval_steps log_every ckpt_every base_lr warmup_steps min_lr grad_clip "
+        "accum_steps amp amp_dtype activation_checkpointing optimizer beta1 beta2 weight_decay eps micro_B_eval "
+        "eval_batches decay_norm_and_bias decay_embeddings save_best best_metric best_metric_weights"
+    ),
+}
+
+
+@pytest.mark.parametrize("record", PUBLISHED_FIELDS)
+def test_configs_have_no_defaults(record: type[Any]) -> None:
+    names = PUBLISHED_FIELDS[record].split()
+    assert [field.name for field in dataclasses.fields(record)] == names
+    with pytest.raises(TypeError, match=f"missing {len(names)} required positional arguments"):
+        record()
+    made = record(**{name: 1 if name == "H" else 2 for name in names})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(made, names[0], 3)
 
 
 def test_ensure_dirs_makes_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ one process, which saves importing the libraries for each. What cannot run here 
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ from niels_gpt.checkpoint import load_checkpoint
 from tests.hub import samples
 from tests.hub.server import LoopbackHub
 from tests.hub.worker import ROOT, Worker
-from tests.test_spec import names_in
 
 PIECES = 512
+HUB_TOKENIZER = "--source primer --source wikitext"
 SMALLER = {  # what is written -> what is run
+    f"--source chitchat {HUB_TOKENIZER}": f"{HUB_TOKENIZER} --vocab_size {PIECES} --out_dir artifacts/tokenizer/hub",
     "--vocab_size 16384": "--vocab_size 400",
     "--vocab_size 16000": f"--vocab_size {PIECES}",
     "--vocab_size 8000": "--vocab_size 400",
@@ -42,36 +45,50 @@ SMALLER = {  # what is written -> what is run
     "--max-new-tokens 256": "--max-new-tokens 8",
     "best.pt --no-kv-cache": "best.pt --no-kv-cache --max-new-tokens 8",
 }
-QUICKSTART = "test_quickstart.py::test_it_makes_a_model_and_says_how_good_it_is"
-INSTALLING = "test_wheel.py::test_pip_installs_a_quickstart"
-ELSEWHERE = {  # a beginning of commands -> the test in tests/ that runs them
-    "make ": QUICKSTART,
-    "python3 -m venv": INSTALLING,
-    "source .venv": INSTALLING,
-    "pip install": INSTALLING,
-    "niels-gpt quickstart": QUICKSTART,
-    "tensorboard": "train/test_report.py::test_tensorboard_reads_each_step_once_after_a_resume",
-    "torchrun": "train/test_distributed.py::test_two_processes_are_one",
-    "niels-gpt export hf": "export/test_hf.py::test_the_folder_is_complete_and_needs_no_code_of_ours",
-    "niels-gpt export gguf": "export/test_gguf.py::test_all_types_of_a_new_model",
-    "niels-gpt import hf": "export/test_import.py::test_a_round_trip_gives_the_same_bits",
-    "niels-gpt tokenizer --source chitchat --source primer --source wikitext": "tokenizer/test_hub.py::ran",
-    "niels-gpt cache build-all --fineweb-train-tokens": "hub/test_build_all.py::built",
-    "niels-gpt cache build text --executor slurm": "cache/test_scale.py::test_the_command_and_its_errors",
-    "python -m train.run --phase pipeline --config configs/offline_pipeline.json --until": (
-        "train/test_budget.py::test_the_command_keeps_its_time"
+UNTIL, UNTIL_S = "--until 07:00", 6  # is run until so many seconds from now
+GGUF, ROUND_TRIP = (
+    "test_gguf.py::test_all_types_of_a_new_model",
+    "test_import.py::test_a_round_trip_gives_the_same_bits",
+)
+SWEEP = ("tests/test_bench_sweep_smoke.py::test_a_sweep_measures_and_writes_its_files", "tools/bench_sweep.py")
+ELSEWHERE = {  # a beginning of commands -> what runs them: a test or a file, and a text in it
+    "make quickstart": (".ci/run", "make quickstart"),
+    "make test": (".ci/run", "make test"),
+    "python3 -m venv .venv": ("Makefile", "-m venv $(VENV)"),
+    "source .venv/bin/activate": (".ci/run", "source .venv/bin/activate"),
+    "pip install": ("Makefile", 'pip install -c constraints.txt -e ".[dev]"'),
+    "niels-gpt quickstart": ("tests/test_quickstart.py::first", '"quickstart", "--minutes"'),
+    "tensorboard --logdir runs": ("tests/test_spec_commands.py::test_tensorboard_finds_the_runs", '"--logdir"'),
+    "torchrun": ("tests/train/test_distributed.py::Job", 'torchrun("train.run"'),
+    "niels-gpt export hf": (f"tests/export/{ROUND_TRIP}", '"export", "hf", "--ckpt"'),
+    "niels-gpt export gguf": (f"tests/export/{GGUF}", '"export", "gguf", "--ckpt"'),
+    "niels-gpt import hf": (f"tests/export/{ROUND_TRIP}", '"import", "hf"'),
+    "niels-gpt cache build-all --fineweb-train-tokens": ("tests/hub/test_build_all.py::built", "*BUILD_ALL"),
+    "niels-gpt cache build text --executor slurm": (
+        "tests/cache/test_scale.py::test_what_is_submitted_to_slurm_makes_the_same_bytes",  # all but Slurm itself
+        '"--executor", "slurm"',
     ),
-    "python tools/bench_sweep.py": "test_bench_sweep_smoke.py::test_a_sweep_measures_and_writes_its_files",
-    "niels-gpt bench": "test_bench_sweep_smoke.py::test_a_sweep_measures_and_writes_its_files",
-    "niels-gpt plan": "test_spec_commands.py::test_a_plan_and_its_run",
-    "niels-gpt train --plan": "test_spec_commands.py::test_a_plan_and_its_run",
-    "niels-gpt doctor": "doctor/test_cli.py::test_a_machine_that_works",
-    "python tools/audit_config_coverage.py": "test_audit.py::test_this_project_is_clean",
+    "python tools/bench_sweep.py": SWEEP,
+    "niels-gpt bench": SWEEP,
+    "niels-gpt plan": ("tests/plan/test_planning.py::test_the_command", '"plan", "--hours"'),
+    "niels-gpt train --plan": ("tests/plan/test_running.py::carried_out", '"train", "--plan", "plan.json"'),
+    "niels-gpt doctor": ("tests/doctor/test_cli.py::test_a_machine_that_works", "doctor(capsys)"),
+    "python tools/audit_config_coverage.py": (
+        "tests/test_audit.py::test_the_tool_runs_from_a_bare_checkout",
+        "tools/audit_config_coverage.py",
+    ),
     "python tools/bench_train.py": (
-        "tools/test_bench_train.py::test_the_program_times_what_is_there_and_names_what_is_not"
+        "tests/tools/test_bench_train.py::test_the_program_times_what_is_there_and_names_what_is_not",
+        "bench_train.main(",
     ),
-    "python tools/bench_decode.py": "tools/test_bench_decode.py::test_the_candidates_take_turns",
-    "python tools/bench_quality.py": "tools/test_bench_quality.py::test_both_systems_learn_under_one_clock",
+    "python tools/bench_decode.py": (
+        "tests/tools/test_bench_decode.py::test_the_candidates_take_turns",
+        "bench_decode.main(",
+    ),
+    "python tools/bench_quality.py": (
+        "tests/tools/test_bench_quality.py::test_both_systems_learn_under_one_clock",
+        "bench(",
+    ),
 }
 FOLDERS = {  # a pattern in a command -> the folder it runs in, where that is not `checkout`
     "offline|upload": "offline",  # what was trained on own notes is not published
@@ -106,6 +123,7 @@ EXPECTED = {  # a pattern in a command -> what it must say
     "dry-run": r"nothing was written; build the cache with",
     "cache verify": r"files are as written",
     "inspect": r"%",
+    "--until": r"\[pretrain\] finished \d+ steps[\s\S]*\[sft\] finished \d+ steps",
 }
 RESUME_OF_SFT = "python -m train.run --phase pretrain --config configs/train.json --resume checkpoints/latest.pt"
 TYPED = "what is your name?\n\nhow are you?\n/exit\n"
@@ -115,6 +133,7 @@ TYPED = "what is your name?\n\nhow are you?\n/exit\n"
 class Ran:
     status: int
     said: str
+    checkpoints: frozenset[str]  # what the folder held after it
 
 
 def commands_of(document: str) -> list[str]:
@@ -133,9 +152,18 @@ DOCUMENTED = commands_of("README.md")
 COMMANDS = list(dict.fromkeys((*SPECIFIED, *DOCUMENTED)))
 
 
-def elsewhere(command: str) -> str | None:
-    found = [test for start, test in ELSEWHERE.items() if command.startswith(start)]
-    return found[0] if found else None
+def elsewhere(command: str) -> tuple[str, str] | None:
+    return next((what for start, what in ELSEWHERE.items() if command.startswith(start)), None)
+
+
+def source_of(place: str) -> str:
+    """The text of a file, or of the function or class FILE::NAME in it; "" if there is none."""
+    path, _, name = place.partition("::")
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if not name:
+        return text
+    nodes = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name]
+    return ast.get_source_segment(text, nodes[0]) or "" if nodes else ""
 
 
 HERE = [command for command in COMMANDS if elsewhere(command) is None]
@@ -185,14 +213,15 @@ def make_checkout(folder: Path) -> None:
         note = " ".join(f"{topic} {n} and what I read about {topic}." for n in range(60))
         files.write_text(folder / f"data/.roam-data/{topic}.md", f"# {topic}\n\n{i} {note}\n")
         files.write_text(folder / f"notes/{topic}.md", f"# {topic}\n\n{note}\n\n{text[4000 * i : 4000 * i + 4000]}\n")
-    mine = shrunk({"data": {"jsonl": {"path": "data/primer.jsonl"}}})
+    mine = shrunk({"data": {"jsonl": {"path": "data/primer.jsonl"}, "mix_sft": {"jsonl": 1.0}}})
     files.write_json(folder / "mine.json", mine)
 
 
 def smaller(command: str) -> str:
     for written, run in SMALLER.items():
         command = command.replace(written, run)
-    return command
+    end = datetime.now() + timedelta(seconds=UNTIL_S)
+    return command.replace(UNTIL, f"--until {end:%Y-%m-%dT%H:%M:%S} --no-resume")
 
 
 def place(command: str) -> str:
@@ -224,7 +253,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
             status = worker.ask(
                 do="command", line=line, cwd=str(top / place(command)), typed=TYPED, token="hf_right", forget=False
             )
-            ran[command] = Ran(status, worker.said)
+            saved = top / place(command) / "checkpoints"
+            names = frozenset(path.relative_to(saved).as_posix() for path in saved.rglob("*.pt"))
+            ran[command] = Ran(status, worker.said, names)
         worker.close()
     yield top, ran
 
@@ -241,9 +272,8 @@ def test_it_runs(command: str, world: tuple[Path, dict[str, Ran]]) -> None:
 
 def test_every_other_command_has_its_own_test() -> None:
     assert {start for command in COMMANDS for start in ELSEWHERE if command.startswith(start)} == set(ELSEWHERE)
-    for test in ELSEWHERE.values():
-        path, name = test.split("::")
-        assert name in names_in(ROOT / "tests" / path), test
+    for place, text in ELSEWHERE.values():
+        assert text in source_of(place), (place, text)
     long = {line for line in SPECIFIED if elsewhere(line)}
     assert {line.split()[1] for line in long} == {"tools/audit_config_coverage.py", "tools/bench_sweep.py"}
     assert len(SPECIFIED) >= 30 and len(DOCUMENTED) >= 40
@@ -252,6 +282,13 @@ def test_every_other_command_has_its_own_test() -> None:
 def test_the_roots_latest_may_be_of_the_other_phase(world: tuple[Path, dict[str, Ran]]) -> None:
     done = world[1][RESUME_OF_SFT]
     assert done.status == 0 and "warning: this checkpoint was saved by phase sft, this run is pretrain" in done.said
+
+
+def test_what_the_smoke_run_leaves(world: tuple[Path, dict[str, Ran]]) -> None:
+    """It is the first run of its folder."""
+    left = world[1]["python -m train.run --phase pretrain --config configs/pretrain_smoke.json --no-resume"].checkpoints
+    assert {"latest.pt", "best.pt", *(f"pretrain/{name}.pt" for name in ("latest", "best", "step_0000002"))} <= left
+    assert not any(name.startswith("sft/") for name in left)
 
 
 def test_what_training_leaves(world: tuple[Path, dict[str, Ran]]) -> None:
@@ -263,6 +300,20 @@ def test_what_training_leaves(world: tuple[Path, dict[str, Ran]]) -> None:
     assert files.sha256_file(offline / "best.pt") != files.sha256_file(offline / "pretrain" / "best.pt")
     published = load_checkpoint(world[0] / "fresh" / "checkpoints" / "best.pt", device="cpu")
     assert published["step"] > 0
+
+
+def test_tensorboard_finds_the_runs(world: tuple[Path, dict[str, Ran]]) -> None:
+    """The program itself, which then says what it found instead of serving it."""
+    pytest.importorskip("tensorboard")
+    done = subprocess.run(
+        [sys.executable, "-m", "tensorboard.main", "--inspect", "--logdir", "runs"],
+        cwd=world[0] / "checkout",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0 and "train/loss" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 @pytest.mark.soak

@@ -17,11 +17,11 @@ from niels_gpt.batching import get_batch
 from niels_gpt.data import registry
 from niels_gpt.data.primer import DIALOGUE_DELIMITER, split_primer_text
 from niels_gpt.data.registry import Source
-from niels_gpt.data.types import Document
+from niels_gpt.data.types import SPLITS, Document
 from niels_gpt.mixes import open_mixes, stream_config
 from niels_gpt.settings import Settings, validate_overrides
 from niels_gpt.special_tokens import SPECIAL_TOKENS
-from niels_gpt.streams import SPLITS, StreamBuildConfig, build_sources, build_streams, split_paths
+from niels_gpt.streams import StreamBuildConfig, build_sources, build_streams, split_paths
 from niels_gpt.tokenizer import ByteTokenizer
 from niels_gpt.train.pretrain import run_pretrain
 from tests.reference import BUNDLE, needs_bundle
@@ -201,6 +201,19 @@ def test_missing_required_sources_are_all_named_with_what_to_do() -> None:
     assert "nowhere; put Markdown notes there, or remove roam from enabled_sources" in said
     assert "gone.txt; put the file there" in said
     assert not Path("streams").exists()
+
+
+def test_without_a_connection_the_error_says_how_to_do_without_wikitext(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real loader: tests see no hub, and an empty cache of it."""
+    with pytest.raises(RuntimeError) as caught:
+        build_sources(config("wiki", "primer"))
+    said = str(caught.value)
+    assert "- wiki: wikitext: it is not in the Hugging Face cache" in said and "run once with a connection" in said
+    assert "connect once, or do without it: allow_missing_sources=True or required_sources=() (quality drops)" in said
+    train, _ = build_sources(config("wiki", "primer", allow_missing_sources=True))
+    assert list(train) == ["primer"] and "warning: no byte stream wiki" in capsys.readouterr().err
 
 
 def test_allowed_missing_sources_are_left_out_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:

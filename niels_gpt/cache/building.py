@@ -1,7 +1,7 @@
 """What makes a pretraining cache, however its documents are encoded: which documents, in which order, how many.
 
-`pretrain.build_pretrain` encodes on one machine, `scale` on many; both make a `Plan` and fill the writer that `run`
-opens, so they make the same bytes.
+`pretrain.build_pretrain` encodes on one machine, `scale` on many; both make a `CachePlan` and fill the writer that
+`run` opens, so they make the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STREAM = "stream"  # the part of a source that is one stream, where others have 
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """Everything that decides the bytes of a pretraining cache, but for the documents and the tokenizer themselves."""
 
     source: Source
@@ -53,7 +53,7 @@ class Plan:
         return (document.text for document in self.source.documents(settings, part))
 
 
-def make_plan(
+def plan_cache(
     settings: Settings,
     tokenizer: Tokenizer,
     source: str,
@@ -61,7 +61,7 @@ def make_plan(
     root: str | Path,
     train_tokens: int | None = None,
     val_tokens: int | None = None,
-) -> Plan:
+) -> CachePlan:
     """The plan of ROOT/SOURCE; a budget that is not given is that of `data.caches`. Errors as for `build_pretrain`."""
     entry, chosen = get_source(source), settings.data.caches
     if entry.documents is None and entry.stream is None:
@@ -94,10 +94,10 @@ def make_plan(
         **tokenizer_meta(tokenizer),
     }
     folder = Path(root) / entry.name
-    return Plan(entry, folder, seed, shard_bytes, separator, budgets, buffer_size, wanted, meta)
+    return CachePlan(entry, folder, seed, shard_bytes, separator, budgets, buffer_size, wanted, meta)
 
 
-def run(plan: Plan, tokenizer: Tokenizer, fill: Callable[[PretrainWriter], None]) -> dict[str, Any]:
+def run(plan: CachePlan, tokenizer: Tokenizer, fill: Callable[[PretrainWriter], None]) -> dict[str, Any]:
     """Build the cache of a plan, unless it is there: `fill` is to write what `writer.consumed` does not count yet.
 
     Returns its meta.json, with `reused` if it was there. Raises ValueError if there is nothing to train on.
@@ -121,7 +121,7 @@ def run(plan: Plan, tokenizer: Tokenizer, fill: Callable[[PretrainWriter], None]
 
 
 def write_blocks(
-    writer: PretrainWriter, plan: Plan, part: str, blocks: Iterable[Block], progress: Progress | None = None
+    writer: PretrainWriter, plan: CachePlan, part: str, blocks: Iterable[Block], progress: Progress | None = None
 ) -> int:
     """Write the blocks of a part from where it stands; returns how many of their documents were known before.
 
@@ -151,7 +151,7 @@ def write_blocks(
     return reused
 
 
-def _written(writer: PretrainWriter, plan: Plan) -> int:
+def _written(writer: PretrainWriter, plan: CachePlan) -> int:
     return sum(map(writer.n_tokens, plan.budgets))
 
 

@@ -1,6 +1,6 @@
 """From documents to blocks of token ids, in order, on all cores and in bounded memory.
 
-With a tokenizer whose texts may be cut before blanks (`words.plan`), worker processes encode word by word; Python's
+With a tokenizer whose texts may be cut before blanks (`words.cutting`), worker processes encode word by word; Python's
 part of that work holds the interpreter's lock, so threads would not help. Any other tokenizer encodes whole texts in
 SentencePiece's own threads. The result is the same for any number of workers.
 """
@@ -28,6 +28,7 @@ from niels_gpt.cache.format import digest_of
 from niels_gpt.device import usable_cores
 from niels_gpt.special_tokens import assert_no_special_collision
 from niels_gpt.tokenizer import Tokenizer
+from niels_gpt.unicode import BLANK
 
 BATCH_CHARS = 400_000  # text of a block
 BATCH_DOCUMENTS = 4096
@@ -63,11 +64,11 @@ class Encoder:
         self._text_end = BYTE_SEPARATOR if separate and tokenizer.eot_id is None else ""
         self._workers = usable_cores() if workers is None else workers
         self._pool: _Pool | None = None
-        self._plan = None
+        self._cutting = None
         if tokenizer.vocab_size <= 2**16 and isinstance(getattr(tokenizer, "model_bytes", None), bytes):
             model: Any = tokenizer
-            self._plan = words.plan(model.model_bytes, _blank_ids(tokenizer), self._separator)
-        self._inline = words.WordEncoder(self._plan) if self._plan else None
+            self._cutting = words.cutting(model.model_bytes, _blank_ids(tokenizer), self._separator)
+        self._inline = words.WordEncoder(self._cutting) if self._cutting else None
 
     def __enter__(self) -> Encoder:
         return self
@@ -95,10 +96,10 @@ class Encoder:
             yield self._block(*waiting.popleft())
 
     def _submit(self, batch: _Batch, n: int) -> Future[Encoded]:
-        most = PIECE_CHARS if self._plan else WHOLE_CHARS
+        most = PIECE_CHARS if self._cutting else WHOLE_CHARS
         parts, ends = batch.parts(most)
-        if self._plan and self._pool is None and n >= INLINE_BATCHES and self._workers > 1:
-            self._pool = _Pool(self._plan, self._workers)
+        if self._cutting and self._pool is None and n >= INLINE_BATCHES and self._workers > 1:
+            self._pool = _Pool(self._cutting, self._workers)
         if self._pool:
             return self._pool.submit(parts, ends)
         done: Future[Encoded] = Future()
@@ -106,17 +107,14 @@ class Encoder:
         return done
 
     def _encode_whole(self, parts: Sequence[str], ends: Sequence[bool]) -> Encoded:
-        if self._tokenizer.kind == "byte":
-            encoded = [np.frombuffer(words.whole_unicode(part).encode(), dtype=np.uint8) for part in parts]
-        else:
-            # Models that drop blanks at the start of a text would drop those at a cut: there, "." goes before the part.
-            lead = len(self._tokenizer.encode(".")) if self._tokenizer.drops_leading_blanks else 0
-            inner = [lead > 0 and i > 0 and not ends[i - 1] for i in range(len(parts))]
-            encoded = []
-            for a, b in words.groups(parts):
-                led = [f".{part}" if cut else part for part, cut in zip(parts[a:b], inner[a:b], strict=True)]
-                lists = self._tokenizer.encode_batch(led)
-                encoded += [np.array(ids[lead * cut :], np.uint16) for ids, cut in zip(lists, inner[a:b], strict=True)]
+        # Models that drop blanks at the start of a text would drop those at a cut: there, "." goes before the part.
+        lead = len(self._tokenizer.encode(".")) if self._tokenizer.drops_leading_blanks else 0
+        inner = [lead > 0 and i > 0 and not ends[i - 1] for i in range(len(parts))]
+        encoded: list[np.ndarray] = []
+        for a, b in words.groups(parts):
+            led = [f".{part}" if cut else part for part, cut in zip(parts[a:b], inner[a:b], strict=True)]
+            arrays = self._tokenizer.encode_arrays(led)
+            encoded += [ids[lead * cut :].astype(np.uint16) for ids, cut in zip(arrays, inner[a:b], strict=True)]
         if self._separator is not None:
             end = np.array([self._separator], dtype=np.uint16)
             encoded = [np.append(ids, end) if ends[i] else ids for i, ids in enumerate(encoded)]
@@ -183,10 +181,10 @@ def _batches(texts: Iterable[str], name: str, first: int, lookup: Lookup | None,
 class _Pool:
     """Worker processes, each asked by one thread at a time. They end with this process, however it ends."""
 
-    def __init__(self, plan: words.Plan, size: int) -> None:
+    def __init__(self, cutting: words.Cutting, size: int) -> None:
         self._threads = ThreadPoolExecutor(size, thread_name_prefix="encode")
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-        self._processes = [_start_worker(plan) for _ in range(size)]
+        self._processes = [_start_worker(cutting) for _ in range(size)]
         for process in self._processes:
             self._idle.put(process)
 
@@ -222,7 +220,7 @@ class _Pool:
                         pipe.close()
 
 
-def _start_worker(plan: words.Plan) -> subprocess.Popen[bytes]:
+def _start_worker(cutting: words.Cutting) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
@@ -232,12 +230,12 @@ def _start_worker(plan: words.Plan) -> subprocess.Popen[bytes]:
         env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
     )
     assert process.stdin is not None
-    pickle.dump(plan, process.stdin)
+    pickle.dump(cutting, process.stdin)
     process.stdin.flush()
     return process
 
 
 def _blank_ids(tokenizer: Tokenizer) -> list[int]:
     """The ids of a real U+2581 where it survives the tokenizer, else none."""
-    ids = tokenizer.encode(words.BLANK)
-    return ids if tokenizer.decode(ids) == words.BLANK else []
+    ids = tokenizer.encode(BLANK)
+    return ids if tokenizer.decode(ids) == BLANK else []

@@ -23,7 +23,6 @@ from niels_gpt.batching import TokenStream
 from niels_gpt.cache.folder import whole_folder
 from niels_gpt.cache.integrity import build_advice, check_tokenizer, open_folder
 
-SPLITS = ("train", "val")
 TOKEN_DTYPE, LABEL_DTYPE = "uint16-le", "int32-le"
 
 TOKEN, LABEL, _BYTE = np.dtype("<u2"), np.dtype("<i4"), np.dtype("u1")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from niels_gpt.cache.format import DOCUMENT, SPLITS, TOKEN, index_name
+from niels_gpt.cache.format import DOCUMENT, TOKEN, index_name
 from niels_gpt.cache.integrity import open_folder
+from niels_gpt.data.types import SPLITS
 from niels_gpt.tokenizer import Tokenizer
 
 
@@ -47,9 +48,6 @@ class KnownDocuments:
         order = np.lexsort((all_keys[:, 1], all_keys[:, 0]))
         self._keys, self._spans = all_keys[order], all_spans[order]
         self._first = np.ascontiguousarray(self._keys[:, 0])
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
     def __call__(self, digest: bytes) -> np.ndarray | None:
         """The ids of the text with this digest, separator included, as uint16; None if it is not known."""

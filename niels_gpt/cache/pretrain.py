@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from niels_gpt.batching import TokenStream
-from niels_gpt.cache.building import make_plan, run, write_blocks
+from niels_gpt.cache.building import plan_cache, run, write_blocks
 from niels_gpt.cache.encode import Encoder
 from niels_gpt.cache.format import open_pretrain
 from niels_gpt.cache.known import KnownDocuments
@@ -43,7 +43,7 @@ def build_pretrain(
         ValueError: unknown source, no text in it, or a document with a special token literal.
     """
     budgets = {"train_tokens": train_tokens, "val_tokens": val_tokens}
-    plan = make_plan(settings, tokenizer, source, root=root, **budgets)
+    plan = plan_cache(settings, tokenizer, source, root=root, **budgets)
     reused = 0
 
     def fill(writer: PretrainWriter) -> None:
@@ -62,6 +62,21 @@ def build_pretrain(
     return {**meta, "reused_documents": reused} if reused else meta
 
 
+def open_source(settings: Settings, tokenizer: Tokenizer, name: str, split: str) -> TokenStream:
+    """One source's cache in `data.caches.pretrain_token_cache`, for the tokenizer and model.V of a run.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged or was built with another tokenizer.
+    """
+    return open_pretrain(
+        settings.data.caches.pretrain_token_cache,
+        name,
+        split,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=settings.model.V,
+        special_token_ids=tokenizer.special_token_ids(),
+    )
+
+
 def open_mix(
     settings: Settings, tokenizer: Tokenizer, split: str, T: int
 ) -> tuple[dict[str, TokenStream], dict[str, float]]:
@@ -78,17 +93,7 @@ def open_mix(
     data = settings.data
     names = sorted({*data.mix_pretrain, *([data.val_pretrain_source] if split == "val" else [])})
 
-    def open_one(name: str) -> TokenStream:
-        return open_pretrain(
-            data.caches.pretrain_token_cache,
-            name,
-            split,
-            tokenizer_sha256=tokenizer.sha256,
-            vocab_size=settings.model.V,
-            special_token_ids=tokenizer.special_token_ids(),
-        )
-
-    streams = open_sources(names, open_one)
+    streams = open_sources(names, lambda name: open_source(settings, tokenizer, name, split))
     for name in list(streams):
         may_be_short = is_optional(name) if split == "train" else name != data.val_pretrain_source
         if problem := _problem(streams[name], T, may_be_short):

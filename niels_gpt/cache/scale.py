@@ -9,6 +9,7 @@ that are done are not repeated.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from niels_gpt.cache.building import Plan, make_plan, run, write_blocks
+from niels_gpt.cache.building import CachePlan, plan_cache, run, write_blocks
 from niels_gpt.cache.encode import Block, Encoder
 from niels_gpt.cache.folder import whole_folder
 from niels_gpt.cache.integrity import open_folder
@@ -63,9 +64,9 @@ class Job:
         """The tokenizer, from its bytes."""
         return ByteTokenizer() if self.model is None else SentencePieceTokenizer.from_bytes(self.model)
 
-    def plan(self) -> Plan:
-        """What the build makes; errors as for `make_plan`."""
-        return make_plan(self.settings, self.tokenizer(), self.source, root=self.root, **self.budgets)
+    def plan(self) -> CachePlan:
+        """What the build makes; errors as for `plan_cache`."""
+        return plan_cache(self.settings, self.tokenizer(), self.source, root=self.root, **self.budgets)
 
     def work(self) -> Path:
         """The folder of the chunks: another one for another result."""
@@ -135,7 +136,7 @@ class Write:
         shutil.rmtree(work / "chunks", ignore_errors=True)
         yield from ()
 
-    def _blocks(self, plan: Plan, work: Path, part: str, first: int, encoder: Encoder) -> Iterator[Block]:
+    def _blocks(self, plan: CachePlan, work: Path, part: str, first: int, encoder: Encoder) -> Iterator[Block]:
         """The chunks in order; those that the tasks left out, who can only guess where a budget ends, are made here."""
         if first % CHUNK_DOCUMENTS:  # a build on one machine was interrupted there
             texts = islice(plan.texts(self.job.settings, part), first, None)
@@ -167,7 +168,7 @@ def _expected(ours: dict[int, int], chunk: int) -> float:
     return sum(ours.values()) / len(ours) * chunk if ours else 0.0
 
 
-def _encode(encoder: Encoder, plan: Plan, part: str, chunk: int, texts: list[str]) -> Block:
+def _encode(encoder: Encoder, plan: CachePlan, part: str, chunk: int, texts: list[str]) -> Block:
     """A chunk as one block, with the digests of its texts."""
     name, first = f"{plan.source.name}/{part}", chunk * CHUNK_DOCUMENTS
     blocks = list(encoder.blocks(texts, name, first=first, lookup=lambda digest: None))
@@ -182,6 +183,15 @@ def _encode(encoder: Encoder, plan: Plan, part: str, chunk: int, texts: list[str
 
 def _path(work: Path, part: str, chunk: int) -> Path:
     return work / "chunks" / f"{part}_{chunk:08d}.npz"
+
+
+def _slurm_options(where: Where) -> dict[str, Any]:
+    """How Slurm runs the tasks: where, how long, and in the environment of this process, where they find datatrove."""
+    if shutil.which("sbatch") is None:
+        raise ValueError("there is no Slurm here (no program sbatch); start this where jobs are submitted from")
+    activate = Path(sys.prefix) / "bin" / "activate"
+    venv = str(activate) if activate.is_file() else None
+    return {"time": where.time_limit, "partition": where.partition, "venv_path": venv}
 
 
 def build_scaled(
@@ -199,7 +209,7 @@ def build_scaled(
     The bytes are those of `build_pretrain`.
 
     Raises:
-        ValueError: datatrove is not installed, or what `build_pretrain` raises.
+        ValueError: datatrove or Slurm is not installed, or what `build_pretrain` raises.
         RuntimeError: a task failed; its log is named.
     """
     try:
@@ -215,7 +225,7 @@ def build_scaled(
     encode = {"pipeline": [Read(job), Tokenize(job)], "tasks": where.tasks, "logging_dir": str(logs / "encode")}
     write = {"pipeline": [Write(job)], "tasks": 1, "logging_dir": str(logs / "write")}
     if where.executor == "slurm":
-        options = {"time": where.time_limit, "partition": where.partition}
+        options = _slurm_options(where)
         first = engines.SlurmPipelineExecutor(**encode, **options, job_name=f"{source}-encode")
         engines.SlurmPipelineExecutor(**write, **options, job_name=f"{source}-write", depends=first).run()
         return None

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.text import Text
 
 from niels_gpt.cache.flags import chosen_roots, chosen_settings
-from niels_gpt.cache.format import SPLITS, open_pretrain, open_sft
+from niels_gpt.cache.format import open_pretrain, open_sft
 from niels_gpt.cache.integrity import open_folder
 from niels_gpt.data.registry import canonical_name
+from niels_gpt.data.types import SPLITS
 from niels_gpt.model.loss import IGNORED
 from niels_gpt.settings import PHASES, Settings, tokenizer_file
 from niels_gpt.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer

@@ -1,13 +1,13 @@
 """Encoding many texts word by word: a word that was seen before costs a look-up instead of a run of SentencePiece.
 
 No piece of the tokenizers trained here reaches across the blank before a word, and BPE merges pieces only into other
-pieces. So a text may be cut before every run of blanks, and its ids are those of its parts. `plan` says whether that
+pieces. So a text may be cut before every run of blanks, and its ids are those of its parts. `cutting` says whether that
 holds for a tokenizer; for another the texts are encoded whole.
 
     python -m niels_gpt.cache.words
 
 is a worker process of `encode`: pickled texts come in, arrays go out, until the input ends. So this file imports
-neither torch nor settings: a worker starts in a moment and needs some 60 MB.
+neither torch nor settings, nor what does: a worker starts in a moment and needs some 60 MB.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from typing import BinaryIO
 import numpy as np
 import sentencepiece
 
-BLANK = "\u2581"  # how pieces write a blank
+from niels_gpt.unicode import BLANK, valid_unicode
+
 MEMORY_TOKENS = 2_000_000  # ids of known words that are kept, some 80 MB with the words
 GROUP_CHARS = 1_000_000
 _TOGETHER = 256  # new words encoded as one text
 _PROBE = "ﬁ ½ ① ﾊﾝｶｸ \u3000 e\u0301 A\u030a \u200b\u00ad \r\n\t  x  "  # what normalisers change
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _runs = re.compile(" *[^ ]+| +").findall
 
 
 @dataclass(frozen=True)
-class Plan:
+class Cutting:
     """All that a process needs to encode: the model, the ids of a real U+2581, and what ends a document."""
 
     model: bytes
@@ -42,21 +42,21 @@ class Plan:
     separator: int | None
 
 
-def plan(model: bytes, blank_ids: Sequence[int], separator: int | None) -> Plan | None:
-    """A plan if texts may be cut before blanks without a change of their ids, else None.
+def cutting(model: bytes, blank_ids: Sequence[int], separator: int | None) -> Cutting | None:
+    """A `Cutting` if texts may be cut before blanks without a change of their ids, else None.
 
     That takes BPE (its scores count down in whole numbers), text taken as it is, and no piece with a blank inside.
     """
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = range(sp.get_piece_size())
     normal = [i for i in ids if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i))]
-    cuttable = (
+    is_cuttable = (
         len(blank_ids) > 0
         and all(sp.get_score(i).is_integer() for i in normal)
         and not any(BLANK in sp.id_to_piece(i).lstrip(BLANK) for i in normal)
         and sp.normalize(_PROBE) == _PROBE.replace(" ", BLANK)
     )
-    return Plan(model, tuple(blank_ids), separator) if cuttable else None
+    return Cutting(model, tuple(blank_ids), separator) if is_cuttable else None
 
 
 Word = str | tuple[str]  # a word after one blank; in a tuple, a part of a text as it is
@@ -68,11 +68,6 @@ def _words(text: str) -> list[Word]:
     split: list[Word] = list(text.split(" "))  # five times as fast as the expression
     split[0] = (str(split[0]),)
     return split
-
-
-def whole_unicode(text: str) -> str:
-    """The text with U+FFFD for every half of a surrogate pair, which UTF-8 cannot hold."""
-    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
 class _Known(dict[Word, int]):
@@ -96,12 +91,12 @@ class _Known(dict[Word, int]):
 
 
 class WordEncoder:
-    """Encodes texts by a plan. What it remembers changes how long that takes, never the result."""
+    """Encodes texts by a `Cutting`. What it remembers changes how long that takes, never the result."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._sp = sentencepiece.SentencePieceProcessor(model_proto=plan.model, num_threads=1)
-        self._blank_ids = np.array(plan.blank_ids, dtype=np.uint16)
-        self._separator = [] if plan.separator is None else [plan.separator]
+    def __init__(self, cutting: Cutting) -> None:
+        self._sp = sentencepiece.SentencePieceProcessor(model_proto=cutting.model, num_threads=1)
+        self._blank_ids = np.array(cutting.blank_ids, dtype=np.uint16)
+        self._separator = [] if cutting.separator is None else [cutting.separator]
         pieces = (self._sp.id_to_piece(i) for i in range(self._sp.get_piece_size()))
         self._opens_word = np.array([piece.startswith(BLANK) for piece in pieces])
         self._forget()
@@ -145,7 +140,7 @@ class WordEncoder:
         if len(known) == len(self._lengths):
             return
         new, new_lengths = self._encode_new(known.new)
-        odd = [self._around_blanks(whole_unicode(word)) for word in known.odd]
+        odd = [self._around_blanks(valid_unicode(word)) for word in known.odd]
         added = np.empty(len(known) - len(self._lengths), dtype=np.int64)
         order = np.array(known.new_numbers + known.odd_numbers, dtype=np.int64) - len(self._lengths)
         lengths = np.concatenate([new_lengths, np.fromiter(map(len, odd), np.int64, len(odd))])
@@ -161,10 +156,10 @@ class WordEncoder:
     def _encode_new(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids, lengths) of words that each follow one blank: many at once, told apart by the pieces with a blank."""
         joined = [" " + " ".join(words[i : i + _TOGETHER]) for i in range(0, len(words), _TOGETHER)]
-        encoded = self._sp.encode([whole_unicode(text) for text in joined], return_type="numpy")
+        encoded = self._sp.encode([valid_unicode(text) for text in joined], return_type="numpy")
         ids = np.concatenate([np.empty(0, np.uint16), *encoded]).astype(np.uint16)
         starts = np.flatnonzero(self._opens_word[ids])
-        assert len(starts) == len(words), "a piece with a blank inside; `plan` excludes them"
+        assert len(starts) == len(words), "a piece with a blank inside; `cutting` excludes them"
         return ids, np.diff(starts, append=len(ids))
 
     def _around_blanks(self, word: str) -> np.ndarray:
@@ -185,7 +180,7 @@ def groups(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def work(requests: BinaryIO, replies: BinaryIO) -> None:
-    """Answer pickled requests, a plan first, then (texts, ends), until the input ends."""
+    """Answer pickled requests, a `Cutting` first, then (texts, ends), until the input ends."""
     encoder = WordEncoder(pickle.load(requests))
     while True:
         try:

@@ -14,9 +14,10 @@ import numpy as np
 
 from niels_gpt.cache.encode import Block
 from niels_gpt.cache.folder import replacing_folder
-from niels_gpt.cache.format import DOCUMENT, LABEL, LABEL_DTYPE, SPLITS, TOKEN, TOKEN_DTYPE, index_name
+from niels_gpt.cache.format import DOCUMENT, LABEL, LABEL_DTYPE, TOKEN, TOKEN_DTYPE, index_name
 from niels_gpt.cache.integrity import HashedFile, write_meta
 from niels_gpt.cache.journal import clear, read_journal, write_journal
+from niels_gpt.data.types import SPLITS
 from niels_gpt.settings.fields import MAX_VOCAB_SIZE
 
 COMMIT_TOKENS = 8_000_000  # what a kill can cost between two finished shards
@@ -37,13 +38,6 @@ class _Writer:
         self._tokens = dict.fromkeys(SPLITS, 0)
         self._open: dict[str, HashedFile] = {}
         self._entries: dict[str, dict[str, Any]] = {}
-
-    def _ids(self, ids: Sequence[int]) -> np.ndarray:
-        array = np.asarray(ids, dtype=np.int64)
-        outside = array[(array < 0) | (array >= self._vocab_size)]
-        if outside.size:
-            raise ValueError(f"token id {outside[0]} is outside the vocabulary of {self._vocab_size} pieces")
-        return array.astype(TOKEN)
 
     def _file(self, name: str) -> HashedFile:
         if name not in self._open:
@@ -78,11 +72,10 @@ class PretrainWriter(_Writer):
     With `indexed`, `SPLIT_documents.bin` lists every document (`DOCUMENT`), so that later builds can use its ids.
     """
 
-    def __init__(self, folder: Path, vocab_size: int, separator: int | None, shard_bytes: int, indexed: bool) -> None:
+    def __init__(self, folder: Path, vocab_size: int, shard_bytes: int, indexed: bool) -> None:
         super().__init__(folder, vocab_size)
         if shard_bytes < TOKEN.itemsize:
             raise ValueError(f"shard_bytes must hold at least one token of {TOKEN.itemsize} bytes, got {shard_bytes}")
-        self._separator = [] if separator is None else [separator]
         self._shard_tokens = shard_bytes // TOKEN.itemsize
         self._indexed = indexed
         self.consumed: dict[str, int] = {}  # documents of each part of the source that are in the cache; for the caller
@@ -116,11 +109,6 @@ class PretrainWriter(_Writer):
 
     def _shard_name(self, split: str) -> str:
         return f"{split}/shard_{self._tokens[split] // self._shard_tokens:05d}.bin"
-
-    def add(self, split: str, ids: Sequence[int], n_bytes: int) -> None:
-        """Append one document and its separator; `n_bytes` is the size of its text in UTF-8."""
-        document = self._ids([*ids, *self._separator])
-        self.add_block(split, Block(document, np.array([len(document)]), np.array([n_bytes])), 0, len(document))
 
     def add_block(self, split: str, block: Block, start: int, stop: int) -> None:
         """Append ids `start` to `stop` of a block. Of a document that is cut, its share of bytes is counted."""
@@ -156,10 +144,6 @@ class PretrainWriter(_Writer):
         """Tokens written so far, separators included."""
         return self._tokens[split]
 
-    def n_documents(self, split: str) -> int:
-        """Documents written so far; one at a budget's end may count in two splits."""
-        return self._documents[split]
-
     def n_bytes(self) -> int:
         """UTF-8 bytes of text written so far, in all splits."""
         return sum(self._bytes.values())
@@ -192,6 +176,13 @@ class SftWriter(_Writer):
         self._targets[split] += int((targets >= 0).sum())
         self._documents[split] += 1
         self._bytes[split] += n_bytes
+
+    def _ids(self, ids: Sequence[int]) -> np.ndarray:
+        array = np.asarray(ids, dtype=np.int64)
+        outside = array[(array < 0) | (array >= self._vocab_size)]
+        if outside.size:
+            raise ValueError(f"token id {outside[0]} is outside the vocabulary of {self._vocab_size} pieces")
+        return array.astype(TOKEN)
 
     def n_examples(self, split: str) -> int:
         """Conversations written so far."""
@@ -226,12 +217,12 @@ def writing_pretrain(
 ) -> Iterator[PretrainWriter]:
     """Build a pretraining cache, which becomes `folder` when the block ends well; then `writer.meta` is its meta.json.
 
-    `separator` is the id written after every document, None for none. Keys may be added to `meta` inside the block.
+    `separator` is the id that ends every document in the blocks, None for none. Keys may be added to `meta` meanwhile.
     With a `key`, which stands for everything that decides the cache's bytes, an interrupted build of the same key goes
     on: `writer.consumed` says how many documents are in it already.
     """
     with replacing_folder(folder, resume=key is not None) as new:
-        writer = PretrainWriter(new, vocab_size, separator, shard_bytes, indexed)
+        writer = PretrainWriter(new, vocab_size, shard_bytes, indexed)
         try:
             writer.start(key)
             yield writer

@@ -17,7 +17,7 @@ from niels_gpt.checkpoint import LoadedModel
 from niels_gpt.data.types import Message
 from niels_gpt.generate import Memory, Step, StopText, stream_steps
 from niels_gpt.settings import default_settings
-from niels_gpt.tokenizer.contract import valid_unicode
+from niels_gpt.unicode import valid_unicode
 
 
 @dataclass(frozen=True)

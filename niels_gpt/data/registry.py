@@ -21,6 +21,7 @@ from niels_gpt.data import (
 )
 from niels_gpt.data.types import Chat, Document
 from niels_gpt.settings import Settings
+from niels_gpt.settings.legacy import RENAMED_SOURCES
 
 Documents = Callable[[Settings, str], Iterator[Document]]  # split: "train" | "val"
 Chats = Callable[[Settings, str], Iterator[Chat]]
@@ -68,16 +69,15 @@ SOURCES: dict[str, Source] = {
         Source("jsonl", jsonl.describe, chats=jsonl.chats, splits_chats=False),
     )
 }
-ALIASES = {"wiki": "wikitext", "dolly": "dolly15k"}
 
 
 def canonical_name(name: str) -> str:
-    """The name of a source behind an alias."""
-    return ALIASES.get(name, name)
+    """The name of a source behind an old one."""
+    return RENAMED_SOURCES.get(name, name)
 
 
 def get_source(name: str) -> Source:
-    """The source of this name or alias; ValueError if there is none."""
+    """The source of this name, or old name; ValueError if there is none."""
     name = canonical_name(name)
     if name not in SOURCES:
         raise ValueError(f"unknown source {name!r}; sources are {', '.join(sorted(SOURCES))}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
+SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from niels_gpt.export.hf_tokenizer import byte_spelling
 from niels_gpt.export.spm import SpmModel, read_spm, untypable
 from niels_gpt.special_tokens import EOT_TOKEN
-from niels_gpt.spm_training import BLANK
 from niels_gpt.tokenizer import SentencePieceTokenizer, Tokenizer
+from niels_gpt.unicode import BLANK
 
 NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # token types of GGUF
 _TYPES = {"normal": NORMAL, "unknown": UNKNOWN, "control": CONTROL, "unused": UNUSED, "byte": BYTE}

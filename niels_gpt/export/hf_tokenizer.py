@@ -12,7 +12,7 @@ from typing import Any
 from niels_gpt.export.needs import needed
 from niels_gpt.export.spm import SENTINEL_ID, SpmModel, untypable
 from niels_gpt.export.templates import MARK
-from niels_gpt.spm_training import BLANK
+from niels_gpt.unicode import BLANK
 
 _UNLIKELY = -1e6  # score of pieces that no text may become: bytes and specials of a unigram model
 # What nmt_nfkc takes for a blank.

@@ -13,8 +13,8 @@ from niels_gpt.data.types import Message
 from niels_gpt.export.spm import SENTINEL_ID
 from niels_gpt.export.templates import MARK
 from niels_gpt.special_tokens import SPECIAL_TOKENS
-from niels_gpt.spm_training import BLANK
 from niels_gpt.tokenizer import Tokenizer
+from niels_gpt.unicode import BLANK
 
 STRINGS, CONVERSATIONS, ROWS = 1000, 50, 4
 MOST_POSITIONS = 1024  # of a row of ids; longer contexts are compared over their first part

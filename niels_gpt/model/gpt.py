@@ -1,6 +1,7 @@
-"""The model: a decoder-only transformer with ONE forward for training, prefill, decoding and tracing.
+"""The model: a decoder-only transformer with one forward for training, prefill, decoding and tracing.
 
-It knows tensors only: no text, no sampling, no files. `infer.kv_cache` gives it a cache, `train.loop` gives it targets.
+It knows tensors only: no text, no sampling, no files. `infer.kv_cache` gives it a cache, `train.step` gives it targets.
+On CPUs `infer.native.decoder` computes the same forward for single tokens, from this model's weights.
 """
 
 from __future__ import annotations

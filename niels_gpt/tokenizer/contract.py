@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Ids = Sequence[int] | torch.Tensor | np.ndarray
 Device = str | torch.device | None
@@ -62,17 +59,6 @@ class TextStream:
             text = text.lstrip(" ")
             self._drop_blanks = not text
         return text
-
-
-def valid_unicode(text: str) -> str:
-    """The text with U+FFFD for every half of a surrogate pair, which UTF-8 cannot hold."""
-    if text.isascii():
-        return text
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return _SURROGATE.sub("\ufffd", text)
-    return text
 
 
 def checked(ids: Ids, vocab_size: int) -> Sequence[int]:

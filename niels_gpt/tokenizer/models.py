@@ -12,8 +12,8 @@ import torch
 from niels_gpt import files
 from niels_gpt.settings import BYTE_VOCABULARY
 from niels_gpt.special_tokens import SPECIAL_TOKENS
-from niels_gpt.spm_training import BLANK
-from niels_gpt.tokenizer.contract import Device, Ids, checked, valid_unicode
+from niels_gpt.tokenizer.contract import Device, Ids, checked
+from niels_gpt.unicode import BLANK, valid_unicode
 
 
 class SentencePieceTokenizer:

@@ -12,8 +12,8 @@ import sentencepiece
 from niels_gpt import files, spm_training
 from niels_gpt.settings.fields import MAX_VOCAB_SIZE
 from niels_gpt.special_tokens import SPECIAL_TOKEN_IDS
-from niels_gpt.tokenizer.contract import valid_unicode
 from niels_gpt.tokenizer.models import SentencePieceTokenizer
+from niels_gpt.unicode import valid_unicode
 
 MODEL_TYPES = ("bpe", "unigram")
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from niels_gpt.batching import Batch, TokenStream
 from niels_gpt.cache.chat_rows import ChatRows, as_chat_row
-from niels_gpt.cache.format import SftExamples, open_pretrain
+from niels_gpt.cache.format import SftExamples
+from niels_gpt.cache.pretrain import open_source
 from niels_gpt.cache.sft import open_mix
 from niels_gpt.epochs import TextRows
 from niels_gpt.eval import token_byte_lengths
@@ -160,16 +161,8 @@ def _chat_eval(chats: ChatRows, start: Start) -> Callable[[], Iterable[Batch]]:
 
 def _pretrain_val(start: Start, T: int) -> TokenStream | None:
     """The validation stream of pretraining, if its cache is here: it shows what fine-tuning forgets."""
-    data, tokenizer = start.settings.data, start.tokenizer
     try:
-        stream = open_pretrain(
-            data.caches.pretrain_token_cache,
-            data.val_pretrain_source,
-            "val",
-            tokenizer_sha256=tokenizer.sha256,
-            vocab_size=start.settings.model.V,
-            special_token_ids=tokenizer.special_token_ids(),
-        )
+        stream = open_source(start.settings, start.tokenizer, start.settings.data.val_pretrain_source, "val")
         stream.windows(T)
     except FileNotFoundError:
         return None

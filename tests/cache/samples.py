@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from niels_gpt.cache.encode import Block
 from niels_gpt.cache.pretrain import build_pretrain
-from niels_gpt.cache.writing import writing_pretrain, writing_sft
+from niels_gpt.cache.writing import PretrainWriter, writing_pretrain, writing_sft
 from niels_gpt.settings import Settings, validate_overrides
 
 SHA = "ab" * 32
@@ -14,12 +18,19 @@ SPECIALS = {"sys": 3, "usr": 4, "asst": 5, "eot": 6}
 META = {"tokenizer_sha256": SHA, "special_token_ids": SPECIALS}
 
 
+def add_document(writer: PretrainWriter, split: str, ids: Iterable[int], separator: int | None = None) -> None:
+    """One document as a block of its own; its text counts as a byte for each id."""
+    whole = np.array([*ids, *([] if separator is None else [separator])], dtype=np.uint16)
+    size = len(whole) - (separator is not None)
+    writer.add_block(split, Block(whole, np.array([len(whole)]), np.array([size])), 0, len(whole))
+
+
 def build_pretrain_cache(root: Path, n: int = 300, *, shard_bytes: int = 128, separator: int | None = 6) -> Path:
     options: dict[str, Any] = {"vocab_size": 512, "separator": separator, "shard_bytes": shard_bytes}
     with writing_pretrain(root / "notes", dict(META), **options) as w:
-        w.add("val", range(100, 150), 50)
+        add_document(w, "val", range(100, 150), separator)
         for start in range(0, n, 30):
-            w.add("train", [7 + (start + i) % 500 for i in range(30)], 30)
+            add_document(w, "train", [7 + (start + i) % 500 for i in range(30)], separator)
     return root / "notes"
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from niels_gpt.cache import cli
+from niels_gpt.cache.integrity import DEFAULT_CACHE_DIR
 from niels_gpt.cache.pretrain import build_pretrain
 from niels_gpt.cache.sft import build_sft
 from niels_gpt.data.registry import SOURCES, Source
 from niels_gpt.data.types import Document
-from niels_gpt.settings import Settings, validate_overrides
+from niels_gpt.settings import Settings, default_settings, validate_overrides
 from niels_gpt.special_tokens import SPECIAL_TOKENS
 from niels_gpt.tokenizer import SentencePieceTokenizer
 
@@ -54,6 +55,17 @@ def test_build_makes_what_a_source_has_and_keeps_it(here: Path, capsys: pytest.C
     assert made == {f"data/cache/{name}/meta.json" for name in ("pretrain/primer", "pretrain/text", "sft/primer")}
     assert run("build", "primer", "text") == 0
     assert capsys.readouterr().out.count("up to date") == 3
+
+
+def test_the_documented_defaults() -> None:
+    """Of build-all and build-sft-primer, wherever they are kept."""
+    data = default_settings().data
+    caches = {"seed": 42, "train_tokens": 200_000_000, "val_tokens": 5_000_000, "shard_bytes": 128 * 2**20}
+    assert {name: getattr(data.caches, name) for name in caches} == caches
+    primer = {"jsonl_path": "data/primer.jsonl", "seed": 42, "val_frac": 0.1, "t_max": 1024}
+    assert {name: getattr(data.primer, name) for name in primer} == primer
+    assert (data.roam.root_dir, DEFAULT_CACHE_DIR) == ("data/.roam-data", Path("data/cache"))
+    assert (data.caches.pretrain_token_cache, data.caches.sft_token_cache) == ("data/cache/pretrain", "data/cache/sft")
 
 
 def test_flags_choose_phase_folders_and_options(here: Path) -> None:

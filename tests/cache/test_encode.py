@@ -63,7 +63,7 @@ def test_ids_are_those_of_the_tokenizer(
     texts = random_texts(1500)
     expected = [[*tiny_tokenizer.encode(text), 6] for text in texts]
     with Encoder(tiny_tokenizer, workers=2) as encoder:
-        assert encoder._plan is not None  # word by word
+        assert encoder._cutting is not None  # word by word
         list(encoder.blocks(texts, "x"))
         assert encoder._pool is not None and len(encoder._pool._processes) == 2
     assert documents(tiny_tokenizer, texts, workers=2) == expected
@@ -104,7 +104,7 @@ def test_other_tokenizers_encode_whole_texts(tmp_path: Path, monkeypatch: pytest
         train_tokenizer([PRIMER.read_text(encoding="utf-8")], tmp_path, vocab_size=600, model_type="unigram")
     )
     with Encoder(unigram) as encoder:
-        assert encoder._plan is None
+        assert encoder._cutting is None
     assert documents(unigram, texts) == [[*unigram.encode(text), 6] for text in texts]
     whole = documents(ByteTokenizer(), texts)
     assert whole == [list(ByteTokenizer().encode(text + "\n\n")) for text in texts]

@@ -15,9 +15,9 @@ import pytest
 
 from niels_gpt.cache import integrity
 from niels_gpt.cache.format import open_pretrain, open_sft
-from niels_gpt.cache.writing import writing_pretrain
+from niels_gpt.cache.writing import writing_pretrain, writing_sft
 from niels_gpt.files import sha256_file
-from tests.cache.samples import META, SHA, SPECIALS, build_pretrain_cache, build_sft_cache, data_files
+from tests.cache.samples import META, SHA, SPECIALS, add_document, build_pretrain_cache, build_sft_cache, data_files
 from tests.reference import BUNDLE, needs_bundle
 
 
@@ -58,7 +58,7 @@ def test_meta_counts_documents_bytes_and_files(root: Path) -> None:
 
 def test_a_full_last_shard_has_no_empty_shard_after_it(tmp_path: Path) -> None:
     with writing_pretrain(tmp_path / "x", dict(META), vocab_size=512, separator=None, shard_bytes=20) as writer:
-        writer.add("train", range(20), 20)
+        add_document(writer, "train", range(20))
     assert sorted(path.name for path in (tmp_path / "x" / "train").iterdir()) == ["shard_00000.bin", "shard_00001.bin"]
     assert [path.stat().st_size for path in (tmp_path / "x" / "val").iterdir()] == [0]
     assert open_pretrain(tmp_path, "x", "val", tokenizer_sha256=SHA, vocab_size=512).num_tokens == 0
@@ -86,12 +86,17 @@ def test_ids_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="65536 pieces does not fit"):
         build = writing_pretrain(tmp_path / "x", {}, vocab_size=65536, separator=None, shard_bytes=128)
         build.__enter__()
+    with (
+        pytest.raises(ValueError, match="token id 512 is outside the vocabulary of 512"),
+        writing_pretrain(tmp_path / "x", {}, vocab_size=512, separator=None, shard_bytes=128) as writer,
+    ):
+        add_document(writer, "train", [5, 512])
     for ids in ([5, 512], [5, -1], [70000]):
         with (
             pytest.raises(ValueError, match=f"token id {ids[-1]} is outside the vocabulary of 512"),
-            writing_pretrain(tmp_path / "x", {}, vocab_size=512, separator=None, shard_bytes=128) as writer,
+            writing_sft(tmp_path / "x", {}, vocab_size=512) as chats,
         ):
-            writer.add("train", ids, 1)
+            chats.add("train", ids, ids, 1)
     assert list(tmp_path.iterdir()) == []
 
 

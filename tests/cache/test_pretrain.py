@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from niels_gpt.cache import encode
+from niels_gpt.cache.building import shuffled
 from niels_gpt.cache.format import open_pretrain
 from niels_gpt.cache.pretrain import build_pretrain
 from niels_gpt.data.registry import SOURCES, Source
@@ -186,6 +187,18 @@ def test_reference_caches_are_reproduced_to_the_bit(
     assert written == sorted(path.relative_to(expected) for path in expected.rglob("*.bin"))
     for name in written:
         assert (tmp_path / "made" / name).read_bytes() == (expected / name).read_bytes()
+
+
+def test_the_shuffle_buffer_draws_as_published() -> None:
+    """Filled to its size, then for every text a random one of it; what is left is drawn the same way."""
+    texts = [f"{i}" for i in range(12)]
+    drawn = [2, 4, 0, 5, 6, 8, 1, 3, 10, 11, 7, 9]  # by torch.randint of the numbers in the buffer
+    assert list(shuffled(texts, 4, seed=42)) == [texts[i] for i in drawn]
+    assert list(shuffled(texts, 1, seed=42)) == texts
+    read: list[str] = []
+    one_by_one = shuffled((read.append(text) or text for text in texts), 4, seed=42)
+    assert (next(one_by_one), len(read)) == ("2", 4) and (next(one_by_one), len(read)) == ("4", 5)
+    assert sorted(shuffled(texts, 100, seed=1), key=int) == texts != list(shuffled(texts, 100, seed=1))
 
 
 # Streams and reuse

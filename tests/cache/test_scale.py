@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import os
+import re
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +80,73 @@ def test_many_chunks_and_a_killed_task(
         build_scaled(settings, tiny_tokenizer, name, **options)
     build_scaled(settings, tiny_tokenizer, name, **options)
     assert contents(tmp_path / "scaled") == contents(tmp_path / "plain")
+
+
+SBATCH = """#!/bin/sh
+n=$(ls "$SUBMITTED" | wc -l)
+for script; do :; done
+{ echo "# $*"; cat "$script"; } > "$SUBMITTED/$n"
+echo "Submitted batch job $((100 + n))"
+"""
+
+
+def programs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand-ins for two programs of Slurm; returns the folder of the jobs that were submitted."""
+    for name, text in (("sbatch", SBATCH), ("scontrol", "#!/bin/sh\necho localhost\n")):
+        path = folder / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    jobs = folder / "jobs"
+    jobs.mkdir()
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SUBMITTED", str(jobs))
+    return jobs
+
+
+def run_array(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Slurm does with a job: its program once for each number of its array, here in this process."""
+    import dill
+
+    (last,), (pickled,) = (re.findall(p, script) for p in (r"--array=0-(\d+)\n", r"launch_pickled_pipeline (\S+)"))
+    monkeypatch.setenv("SLURM_NODELIST", "localhost")
+    before = signal.getsignal(signal.SIGUSR1)
+    for number in range(int(last) + 1):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
+        with open(pickled, "rb") as file:
+            dill.load(file).run()
+    signal.signal(signal.SIGUSR1, before)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+
+
+def test_what_is_submitted_to_slurm_makes_the_same_bytes(
+    tmp_path: Path,
+    tiny_tokenizer: SentencePieceTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All but Slurm itself: what it is told, and what the jobs that it would start do."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scale, "CHUNK_DOCUMENTS", 20)
+    write_notes(tmp_path / "text", 100)
+    build = ["build", "text", "--text-dir", "text", "--tokenizer", str(tiny_tokenizer.model_path)]
+    slurm = [*build, "--executor", "slurm", "--tasks", "3", "--partition", "big", "--time-limit", "01:30:00"]
+    with pytest.MonkeyPatch.context() as elsewhere:
+        elsewhere.setenv("PATH", str(tmp_path))
+        assert cli.main(slurm) == 1
+    assert "there is no Slurm here" in capsys.readouterr().err
+    jobs = programs(tmp_path, monkeypatch)
+    assert cli.main(slurm) == 0
+    assert "pretrain/text: its tasks are queued" in capsys.readouterr().out
+    encode, _, write, _ = (path.read_text() for path in sorted(jobs.iterdir()))  # a summary of their logs after each
+    assert all(f"#SBATCH --{line}\n" in encode for line in ("partition=big", "time=01:30:00", "array=0-2"))
+    assert f"source {sys.prefix}/bin/activate\n" in encode or sys.prefix == sys.base_prefix
+    assert "--dependency=afterok:100" in write.splitlines()[0] and "--array=0-0\n" in write
+    assert not Path("data/cache/pretrain/text").exists()
+    run_array(encode, monkeypatch)
+    run_array(write, monkeypatch)
+    assert cli.main([*build, "--cache-dir", "plain"]) == 0
+    assert contents(Path("data/cache/pretrain/text")) == contents(Path("plain/pretrain/text"))
 
 
 def test_the_command_and_its_errors(

@@ -104,6 +104,9 @@ def test_primer_cache_counts_reconcile(tmp_path: Path, tiny_tokenizer: SentenceP
     options: dict[str, Any] = {"tokenizer": tiny_tokenizer, **OPTIONS, "t_max": 1024}
     with pytest.raises(ValueError, match=r"p\.jsonl: line 21: not valid JSON"):
         build_primer_sft_cache(path, tmp_path / "x", **options)
+    unanswered = write_jsonl(tmp_path / "q.jsonl", [chat(0), [{"role": "user", "content": "?"}], chat(1)])
+    meta = build_primer_sft_cache(unanswered, tmp_path / "q", strict=True, **options)
+    assert meta["dropped"] == {"no_assistant": 1} and sum(meta["documents"].values()) == 2
     meta = build_primer_sft_cache(path, tmp_path / "x", strict=False, **options)
     assert meta["dropped"] == {"malformed": 2, "no_assistant": 1}
     assert sum(meta["documents"].values()) + sum(meta["dropped"].values()) == 23

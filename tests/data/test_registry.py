@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from niels_gpt.data import primer_source, roam, text
-from niels_gpt.data.registry import ALIASES, SOURCES, get_source, is_optional
+from niels_gpt.data.registry import SOURCES, get_source, is_optional
 from niels_gpt.settings import PRETRAIN_SOURCES, SFT_SOURCES, Settings, validate_overrides
+from niels_gpt.settings.legacy import RENAMED_SOURCES
 from tests.reference import BUNDLE, needs_bundle
 
 
@@ -65,8 +66,22 @@ def test_the_reference_caches_have_no_separators() -> None:
 def test_unknown_sources_are_refused_with_what_there_is() -> None:
     with pytest.raises(ValueError, match="unknown source 'wikipedia'; sources are chitchat, dolly15k, fineweb_edu, "):
         get_source("wikipedia")
-    for alias, name in ALIASES.items():
+    for alias, name in RENAMED_SOURCES.items():
         assert get_source(alias) is get_source(name) and get_source(name).name == name
+
+
+def test_primer_jsonl_is_split_by_pythons_shuffle_in_the_order_of_the_file(tmp_path: Path) -> None:
+    lines = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": str(i)}]} for i in range(40)
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = settings_for(primer={"jsonl_path": str(path), "val_frac": 0.1, "seed": 42})
+    chats = get_source("primer").chats
+    assert chats is not None
+    found = {split: [int(chat.messages[1].content) for chat in chats(settings, split)] for split in ("train", "val")}
+    assert found["val"] == [3, 9, 10, 36]  # the first four of range(40) in the order of random.Random(42).shuffle
+    assert found["train"] == [i for i in range(40) if i not in found["val"]]
 
 
 def test_descriptions_are_json_and_change_with_the_data(tmp_path: Path) -> None:

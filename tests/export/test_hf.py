@@ -17,7 +17,7 @@ from niels_gpt.cli import main
 from niels_gpt.export import publishing, verify
 from niels_gpt.infer.kv_cache import generate_ids_greedy_cached
 from niels_gpt.special_tokens import EOT_TOKEN, SPECIAL_TOKENS, USR_TOKEN
-from niels_gpt.spm_training import BLANK
+from niels_gpt.unicode import BLANK
 from tests.export.models import ARCHITECTURES, PROMPTS, names_in, save
 from tests.reference import BUNDLE, needs_bundle
 

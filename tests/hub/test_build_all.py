@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from niels_gpt import files
+from niels_gpt.data.types import SPLITS
 from niels_gpt.tokenizer import SentencePieceTokenizer
 from tests.hub import samples
 from tests.hub.server import LoopbackHub
@@ -25,7 +26,6 @@ BUILD_ALL = (  # as documented, with budgets that the small hub can fill
     *("--fineweb-train-tokens", str(TRAIN_TOKENS), "--fineweb-val-tokens", str(VAL_TOKENS)),
     *("--roam-dir", "data/.roam-data"),
 )
-SPLITS = ("train", "val")
 
 
 @pytest.fixture(scope="module")
