@@ -49,7 +49,7 @@ def upload_checkpoint(
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     checkpoint = load_checkpoint(path, device="cpu")
     loaded = load_model(path, device="cpu", tokenizer_path=tokenizer_path)
-    own = own_text(loaded)
+    own = own_text(checkpoint, loaded)
     if own and not (private or share_own_text or dry_run):
         raise ValueError(
             f"{path} learned from texts of your own ({', '.join(own)}) and may repeat them to anyone; "

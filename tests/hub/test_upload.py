@@ -72,6 +72,41 @@ def test_a_checkpoint_goes_up_and_comes_back(here: Here, hub: LoopbackHub, mine:
     assert loaded.step == 77 and loaded.settings is not None
 
 
+def altered(mine: Path, name: str, phase: str | None, **data: object) -> Path:
+    """The same checkpoint, as if a run of this phase and with these settings of the data had made it."""
+    content = torch.load(mine, weights_only=True)
+    content["train_cfg"]["_settings_meta"]["phase"] = phase
+    content["resume"]["settings"]["data"].update(data)
+    torch.save(content, mine.with_name(name))
+    return mine.with_name(name)
+
+
+def test_the_card_lists_what_the_phase_has_read(here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]) -> None:
+    mixes = {"mix_pretrain": {"chitchat": 0.97, "primer": 0.03}, "mix_sft": {"primer": 0.95, "oasst1": 0.05}}
+    for phase in ("pretrain", "sft"):
+        altered(mine, f"{phase}.pt", phase, replay_pretrain=0.75, **mixes)
+        assert here.upload("--checkpoint", f"{phase}.pt", "--repo", f"me/{phase}") == 0, here.said
+    pretrained, tuned = (published(hub, f"me/{phase}")[CARD].decode() for phase in ("pretrain", "sft"))
+    assert "| pretraining | 97% | chitchat" in pretrained and "| pretraining | 97% | chitchat" in tuned
+    assert "fine-tuning" not in pretrained and "oasst1" not in pretrained and "Apache" not in pretrained
+    rows = [line.split(":")[0] for line in tuned.splitlines() if line.startswith("| fine-tuning")]
+    shares = ("73% | chitchat", "26% | primer", "1% | oasst1")  # a quarter of the chats, three quarters of the text
+    assert rows == [f"| fine-tuning | {share}" for share in shares]
+    assert "- OpenAssistant/oasst1" in tuned.split("---")[1]
+
+
+def test_chats_of_ones_own_count_only_where_they_were_read(
+    here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]
+) -> None:
+    own = {"mix_pretrain": {"chitchat": 1.0}, "mix_sft": {"jsonl": 1.0}}
+    altered(mine, "pretrain.pt", "pretrain", **own)
+    assert here.upload("--checkpoint", "pretrain.pt", "--repo", "me/before") == 0, here.said
+    for phase in ("sft", None):  # None: it does not say, so all that it may have read counts
+        altered(mine, "sft.pt", phase, **own)
+        assert here.upload("--checkpoint", "sft.pt", "--repo", "me/after") == 1
+        assert "learned from texts of your own (jsonl)" in here.error()
+
+
 def test_the_card_says_what_is_known(here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]) -> None:
     files.write_json(here.folder / "scores.json", {"wikitext": 1.234})
     flags = ("--checkpoint", "mine.pt", "--repo", "me/carded", "--scores", "scores.json", "--license", "mit")
@@ -177,9 +212,7 @@ def test_what_arrives_otherwise_is_noticed(here: Here, hub: LoopbackHub, mine: P
 def test_texts_of_ones_own_are_published_only_on_request(
     here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]
 ) -> None:
-    content = torch.load(mine, weights_only=True)
-    content["resume"]["settings"]["data"]["mix_pretrain"] = {"roam": 0.5, "wikitext": 0.5}
-    torch.save(content, here.folder / "own.pt")
+    altered(mine, "own.pt", "sft", mix_pretrain={"roam": 0.5, "wikitext": 0.5})
     flags = ("--checkpoint", "own.pt", "--repo", "me/own")
     assert here.upload(*flags) == 1 and "learned from texts of your own (roam)" in here.error() and not hub.requests
     assert here.upload(*flags, "--private") == 0 and "me/own" in hub.private
