@@ -10,21 +10,24 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from niels_gpt import files, paths
 from niels_gpt.checkpoint import LoadedModel, load_checkpoint, load_model, save_checkpoint
 from niels_gpt.checkpoint.format import Checkpoint
-from niels_gpt.checkpoint.loaded import TOKENIZER_BESIDE
+from niels_gpt.checkpoint.loaded import TOKENIZER_BESIDE, settings_meta
 from niels_gpt.command import exit_status
 from niels_gpt.data.hub_errors import HubError
 from niels_gpt.hub.card import MADE_HERE, Published, card, own_text
 from niels_gpt.hub.fetch import DEFAULT_REPO, NotThere, fetch, library_for, locate, patiently
 from niels_gpt.tokenizer import SentencePieceTokenizer
+from niels_gpt.train.metrics import read_metrics
 
 CARD = "README.md"
+DEFAULT_FILE = "best.pt"  # in the folder of checkpoints
 
 
 def upload_checkpoint(
@@ -110,23 +113,35 @@ def _save_without_training_state(path: Path, checkpoint: Checkpoint) -> None:
 def _publish(repo: str, content: Mapping[str, Path | bytes], private: bool) -> str:
     library = library_for(repo)
     api = library.HfApi()
-    patiently(lambda: api.create_repo(repo, private=private, exist_ok=True), repo)
-    about = patiently(lambda: api.model_info(repo), repo)
-    if private and not about.private:
-        raise HubError(
-            f"{repo}: it exists and is public; make it private in its settings on the hub, or choose another"
-        )
-    sent = {name: item for name, item in content.items() if name != CARD or not _has_own_card(repo)}
+    with _if_stopped(f"{repo} may have been made on the hub, but nothing was published in it"):
+        patiently(lambda: api.create_repo(repo, private=private, exist_ok=True), repo)
+        about = patiently(lambda: api.model_info(repo), repo)
+        if private and not about.private:
+            raise HubError(
+                f"{repo}: it exists and is public; make it private in its settings on the hub, or choose another"
+            )
+        sent = {name: item for name, item in content.items() if name != CARD or not _has_own_card(repo)}
     operations = [
         library.CommitOperationAdd(name, item if isinstance(item, bytes) else str(item)) for name, item in sent.items()
     ]
     _say(f"uploading {', '.join(sent)} to {repo}")
     message = f"Upload {next(iter(content))}"
-    commit = patiently(lambda: api.create_commit(repo, operations, commit_message=message), repo)
-    for name, item in sent.items():
-        _compare(repo, name, item, commit.oid)
+    with _if_stopped(f"{repo} is there, and all of the files are in it or none; the same command publishes them"):
+        commit = patiently(lambda: api.create_commit(repo, operations, commit_message=message), repo)
     address: str = commit.commit_url
+    with _if_stopped(f"it is published as {address}, but was not compared with what is here"):
+        for name, item in sent.items():
+            _compare(repo, name, item, commit.oid)
     return address
+
+
+@contextmanager
+def _if_stopped(truth: str) -> Iterator[None]:
+    """Ctrl-C inside the block says this."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(truth) from None
 
 
 def _has_own_card(repo: str) -> bool:
@@ -161,19 +176,21 @@ def _sha256(item: Path | bytes) -> str:
 
 def _metrics_of(checkpoint: Checkpoint) -> Path | None:
     """The metrics of the run that made it, where they are here."""
-    meta = checkpoint["train_cfg"].get("_settings_meta")
-    run = meta.get("run_id") if isinstance(meta, dict) else None
+    run = (settings_meta(checkpoint) or {}).get("run_id")
     path = paths.RUNS_DIR / Path(str(run)).name / "metrics.jsonl"
     return path if run and path.is_file() else None
 
 
 def _last_evals(path: Path | None) -> list[dict[str, Any]]:
+    """The last evaluation of each phase; FileNotFoundError for a file that is not there."""
     if path is None:
         return []
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no metrics at {path}")
     last: dict[str, dict[str, Any]] = {}
-    for entry in files.read_json_lines(path):
-        if isinstance(entry, dict) and entry.get("kind") == "eval" and entry.get("losses"):
-            last[str(entry.get("phase"))] = entry
+    for entry in read_metrics(path):
+        if entry.get("kind") == "eval" and entry.get("losses"):
+            last[str(entry["phase"])] = entry
     return list(last.values())
 
 
@@ -199,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="niels-gpt upload", description="Publish a checkpoint on the Hugging Face hub.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="PATH", help="such as checkpoints/best.pt")
+    best = paths.CHECKPOINT_DIR / DEFAULT_FILE
+    add("--checkpoint", type=Path, default=best, metavar="PATH", help="what to publish (default: %(default)s)")
     add("--repo", default=DEFAULT_REPO, metavar="OWNER/NAME", help="made if it does not exist (default: %(default)s)")
     add("--private", action="store_true", help="only you can see the repository")
     add("--dry-run", action="store_true", help="print the model card and send nothing")
@@ -210,7 +228,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--scores", type=Path, metavar="PATH", help="JSON of names and bits per byte for the card")
     add("--license", metavar="NAME", help="of the model, as the hub names licences, such as mit or cc-by-sa-4.0")
     args = parser.parse_args(argv)
-    return exit_status(lambda: print(_upload(args)), stopped="stopped; nothing was published")
+
+    def work() -> None:
+        try:
+            print(_upload(args))
+        except KeyboardInterrupt as stop:
+            _say(f"stopped; {str(stop) or 'nothing was published'}")
+            raise
+
+    return exit_status(work)
 
 
 def _upload(args: argparse.Namespace) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from niels_gpt import files
 from niels_gpt.checkpoint import load_checkpoint, load_model
+from niels_gpt.hub import upload
 from niels_gpt.settings import resolve_settings
 from niels_gpt.tokenizer import SentencePieceTokenizer
 from tests.checkpoint.published import V2_SHAPES, checkpoint_bytes
@@ -192,6 +194,54 @@ def test_what_is_wrong_with_an_upload_is_one_line(
     faulty.clear()
     faulty.append(Fault("status", "/commit/", method="POST", code=500, times=2))
     assert here.upload("--checkpoint", "mine.pt", "--repo", "me/y") == 0 and "mine.pt" in published(hub, "me/y")
+
+
+@pytest.mark.parametrize(
+    ("stopped_in", "told"),
+    [
+        ("load_checkpoint", "stopped; nothing was published"),
+        ("ask 0", "stopped; me/w may have been made on the hub, but nothing was published in it"),
+        ("ask 2", "stopped; me/w is there, and all of the files are in it or none; the same command publishes them"),
+        ("_compare", "stopped; it is published as URL, but was not compared with what is here"),
+    ],
+)
+def test_what_ctrl_c_says_is_true(
+    stopped_in: str, told: str, mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = iter(range(9))
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def answer(*_: object) -> SimpleNamespace:
+        if stopped_in == f"ask {next(asked)}":
+            stop()
+        return SimpleNamespace(private=False, commit_url="URL", oid="1")
+
+    monkeypatch.setattr(upload, "patiently", answer)
+    monkeypatch.setattr(upload, "_has_own_card", lambda repo: False)
+    if not stopped_in.startswith("ask"):
+        monkeypatch.setattr(upload, stopped_in, stop)
+    assert upload.main(["--checkpoint", str(mine), "--repo", "me/w"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == told
+
+
+def test_metrics_cut_by_a_power_cut_are_read(here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]) -> None:
+    log = here.folder / "runs/run-1/metrics.jsonl"
+    log.write_text(log.read_text() + '{"phase": "sft", "kind": "eval", "losses": {"sft": 1.0}}\n{"phase": "sft", "ki')
+    assert here.upload("--checkpoint", "mine.pt", "--repo", "me/cut") == 0, here.said
+    assert "sft step 77 | 2.885 bits per token" in published(hub, "me/cut")[CARD].decode()
+    flags = ("--checkpoint", "mine.pt", "--repo", "me/cut", "--metrics", "gone.jsonl")
+    assert here.upload(*flags) == 1 and "there are no metrics at gone.jsonl" in here.error()
+
+
+def test_without_a_name_the_best_model_of_this_folder_goes_up(
+    here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]
+) -> None:
+    assert here.upload("--repo", "me/best") == 1 and "there is no checkpoint at checkpoints/best.pt" in here.error()
+    assert hub.requests == []
+    files.write_bytes(here.folder / "checkpoints/best.pt", mine.read_bytes())
+    assert here.upload("--repo", "me/best") == 0 and set(published(hub, "me/best")) == {"best.pt", CARD}
 
 
 def test_what_arrives_otherwise_is_noticed(here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]) -> None:
