@@ -38,15 +38,18 @@ def python_with_llama_cpp() -> str | None:
 def ask(python: str, question: dict[str, Any]) -> dict[str, Any]:
     """Put a question to `llama_cpp_probe`, whose docstring tells its form; ValueError if llama.cpp fails."""
     with tempfile.TemporaryDirectory() as elsewhere:  # and as text: nothing here may pass for a module of that Python
-        done = subprocess.run(
-            [python, "-c", PROBE.read_text(encoding="utf-8")],
-            input=json.dumps(question),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=SECONDS,
-            cwd=elsewhere,
-        )
+        try:
+            done = subprocess.run(
+                [python, "-c", PROBE.read_text(encoding="utf-8")],
+                input=json.dumps(question),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=SECONDS,
+                cwd=elsewhere,
+            )
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"llama.cpp did not answer about the file within {SECONDS:g} s") from None
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it crashed"])[-1]
         raise ValueError(f"llama.cpp cannot use the file: {reason}")
