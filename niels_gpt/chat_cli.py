@@ -20,7 +20,7 @@ from niels_gpt.chat import DEFAULT_SEED, answer_once, build_options, note, run_c
 from niels_gpt.checkpoint import load_model
 from niels_gpt.command import exit_status
 from niels_gpt.device import resolve_device
-from niels_gpt.generate import Sampling
+from niels_gpt.infer.sampling import Sampling
 from niels_gpt.settings import Weights
 
 

@@ -18,7 +18,7 @@ from niels_gpt.chat.view import ALTERNATIVES, View, note
 from niels_gpt.checkpoint import LoadedModel
 from niels_gpt.data.primer import read_chat_jsonl, write_chat_jsonl
 from niels_gpt.data.types import Message
-from niels_gpt.generate import Sampling
+from niels_gpt.infer.sampling import Sampling
 
 _COMMAND = re.compile(r"(/[A-Za-z?]+)(?:\s+(.*))?", re.DOTALL)  # /usr/bin is no command
 _NO_SYSTEM = "-"
