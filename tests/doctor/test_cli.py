@@ -147,7 +147,7 @@ def test_a_part_that_fails_ends_the_self_test(
 
 def test_a_process_that_dies_is_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trying.sys, "executable", "false")
+    monkeypatch.setattr(sys, "executable", "false")
     assert trying.try_it("cpu") == Outcome("problem", "it said nothing (exit code 1)")
 
 
