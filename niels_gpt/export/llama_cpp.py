@@ -64,7 +64,7 @@ def compare(python: str, path: Path, loaded: LoadedModel, rows: int = samples.RO
     """
     texts, render = gguf_texts(loaded), renderer(template_for(loaded))
     chats = samples.conversations(texts)
-    rendered = [render([{"role": m.role, "content": m.content} for m in chat], True) for chat in chats]
+    rendered = [render([{"role": m.role, "content": m.content} for m in chat]) for chat in chats]
     ids = samples.rows(loaded.model.cfg)[:rows]
     with tempfile.TemporaryDirectory() as folder:
         logits = Path(folder) / "logits.npy"
@@ -81,7 +81,7 @@ def compare(python: str, path: Path, loaded: LoadedModel, rows: int = samples.RO
     read = dict(zip(texts, answer["texts"], strict=True))
     same_ids(loaded.tokenizer, texts, read.__getitem__)
     answers = iter(answer["chats"])
-    same_chats(loaded, chats, lambda messages, reply: next(answers))
+    same_chats(loaded, chats, lambda messages: next(answers))
     if found is None:
         return 0.0
     with torch.no_grad():
