@@ -11,6 +11,7 @@ import sys
 from pathlib import Path, PurePosixPath
 
 from niels_gpt import paths
+from niels_gpt.chat import note
 from niels_gpt.checkpoint import is_byte_model, is_good, load_checkpoint
 from niels_gpt.checkpoint.loaded import TOKENIZER_BESIDE, recorded_tokenizer
 from niels_gpt.checkpoint.weights import check_weights, model_config_of
@@ -35,19 +36,19 @@ def download_checkpoint(
     folder = paths.CHECKPOINT_DIR if out is None else out
     target = folder / PurePosixPath(file).name
     if target.exists():
-        _say(f"{target} is there already and is not downloaded again; to have it anew, move it away")
+        note(f"{target} is there already and is not downloaded again; to have it anew, move it away")
         if not is_good(target):
-            _say(f"warning: {target} is not a sound checkpoint")
+            note(f"warning: {target} is not a sound checkpoint")
             return target
         try:
             _bring_tokenizer(target, repo, revision)
         except HubError as error:  # the model is here; its tokenizer may lie where its settings say
-            _say(f"note: its tokenizer did not come: {error}")
+            note(f"note: its tokenizer did not come: {error}")
         return target
     remote = locate(repo, file, revision)
-    _say(f"downloading {remote.name} of commit {remote.commit[:7]}, {remote.size / 1e6:,.1f} MB, to {target}")
+    note(f"downloading {remote.name} of commit {remote.commit[:7]}, {remote.size / 1e6:,.1f} MB, to {target}")
     fetch(remote, target, _check)
-    _say(_described(target))
+    note(_described(target))
     _bring_tokenizer(target, repo, remote.commit)
     return target
 
@@ -79,10 +80,10 @@ def _bring_tokenizer(target: Path, repo: str, revision: str | None) -> None:
     try:
         remote = locate(repo, TOKENIZER_BESIDE, revision)
         fetch(remote, beside, lambda path: _check_tokenizer(path, wanted))
-        _say(f"its tokenizer: {beside}")
+        note(f"its tokenizer: {beside}")
     except (NotThere, ValueError) as error:
         sha = f" (sha256 {wanted})" if wanted else ""
-        _say(
+        note(
             f"note: the model needs its tokenizer{sha}, which did not come with it: {error}; chat with --tokenizer FILE"
         )
 
@@ -91,10 +92,6 @@ def _check_tokenizer(path: Path, wanted: str | None) -> None:
     found = load_tokenizer(path).sha256
     if wanted is not None and found != wanted:
         raise ValueError(f"{path} has the sha256 {found}, the model was trained with {wanted}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

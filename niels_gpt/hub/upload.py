@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from niels_gpt import files, paths
+from niels_gpt.chat import note
 from niels_gpt.checkpoint import LoadedModel, load_checkpoint, load_model, save_checkpoint
 from niels_gpt.checkpoint.format import Checkpoint
 from niels_gpt.checkpoint.loaded import TOKENIZER_BESIDE, settings_meta
@@ -75,7 +76,7 @@ def upload_checkpoint(
         content[CARD] = written.encode()
         for name, item in content.items():
             size = item.stat().st_size if isinstance(item, Path) else len(item)
-            _say(f"{name}: {size:,} bytes, sha256 {_sha256(item)}")
+            note(f"{name}: {size:,} bytes, sha256 {_sha256(item)}")
         return written if dry_run else _publish(repo, content, private)
 
 
@@ -88,7 +89,7 @@ def _model_files(
         sent = weights_only_in / path.name
         _save_without_training_state(sent, checkpoint)
     elif checkpoint["optimizer_state"] is not None:
-        _say("note: it goes up with its optimizer state; --weights-only leaves that out, a third of the size")
+        note("note: it goes up with its optimizer state; --weights-only leaves that out, a third of the size")
     content: dict[str, Path | bytes] = {path.name: sent}
     if isinstance(loaded.tokenizer, SentencePieceTokenizer) and checkpoint["tokenizer_model"] is None:
         content[TOKENIZER_BESIDE] = loaded.tokenizer.model_bytes
@@ -124,7 +125,7 @@ def _publish(repo: str, content: Mapping[str, Path | bytes], private: bool) -> s
     operations = [
         library.CommitOperationAdd(name, item if isinstance(item, bytes) else str(item)) for name, item in sent.items()
     ]
-    _say(f"uploading {', '.join(sent)} to {repo}")
+    note(f"uploading {', '.join(sent)} to {repo}")
     message = f"Upload {next(iter(content))}"
     with _if_stopped(f"{repo} is there, and all of the files are in it or none; the same command publishes them"):
         commit = patiently(lambda: api.create_commit(repo, operations, commit_message=message), repo)
@@ -155,7 +156,7 @@ def _has_own_card(repo: str) -> bool:
         fetch(remote, target, lambda _: None)
         own = MADE_HERE not in target.read_text(encoding="utf-8", errors="replace")
     if own:
-        _say(f"note: {repo} has a {CARD} that was not written here; it stays as it is")
+        note(f"note: {repo} has a {CARD} that was not written here; it stays as it is")
     return own
 
 
@@ -207,10 +208,6 @@ def _read_scores(path: Path | None) -> dict[str, float] | None:
     return {str(name): float(value) for name, value in scores.items()}
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="niels-gpt upload", description="Publish a checkpoint on the Hugging Face hub.", allow_abbrev=False
@@ -233,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             print(_upload(args))
         except KeyboardInterrupt as stop:
-            _say(f"stopped; {str(stop) or 'nothing was published'}")
+            note(f"stopped; {str(stop) or 'nothing was published'}")
             raise
 
     return exit_status(work)
