@@ -150,7 +150,13 @@ def test_the_summary_ranks_by_tokens_of_a_night(machine: Machine) -> None:
 
 def test_the_fastest_size_counts_also_where_more_rows_fit(machine: Machine) -> None:
     speeds = {1: 10.0, 2: 30.0, 4: 25.0, 5: 20.0}
-    machine.before = lambda t: Result(t, "ok", 1.0, speeds.get(t.micro_B, 1.0), 1, 9) if t.micro_B <= FITS else None
+
+    def before(trial: Trial) -> Result | None:
+        if trial.micro_B > FITS:
+            return None
+        return Result(trial, "ok", 1.0, speeds[trial.micro_B], 1, PARAMETERS[trial.model.L])
+
+    machine.before = before
     assert bench() == 0 and max(sizes(32)) > FITS
     assert "| 32 | 32 | 1 | 2 | 64 | False | False | 2 |" in Path("out/summary.md").read_text()
 
