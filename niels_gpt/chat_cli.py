@@ -20,7 +20,7 @@ from niels_gpt.chat import DEFAULT_SEED, answer_once, build_options, note, run_c
 from niels_gpt.checkpoint import load_model
 from niels_gpt.command import exit_status
 from niels_gpt.device import resolve_device
-from niels_gpt.generate import Sampling
+from niels_gpt.infer.sampling import Sampling
 from niels_gpt.settings import Weights
 
 
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--system", metavar="TEXT", help="system prompt (default: configs/system_surly.txt)")
     add("--system-file", metavar="PATH", help="file with the system prompt; wins over --system")
     add("--inspect", action="store_true", help="show how surprising each token was, and what else was likely")
-    add("--load", metavar="FILE", help="go on with a conversation that /save wrote")
+    add("--load", metavar="FILE", help="go on with a conversation that /save wrote, and with its system prompt")
     add("--no-history", dest="history", action="store_false", help="do not keep what you type for the next time")
     add("--no-kv-cache", dest="use_cache", action="store_const", const=False, help="full forward passes, for debugging")
     add("--device", metavar="NAME", help="cpu, mps or cuda (default: the best there is)")
@@ -91,7 +91,8 @@ def _run(args: argparse.Namespace) -> int:
     _print_settings(shown, sys.stderr if args.prompt else sys.stdout)
     if args.prompt:
         return answer_once(loaded, options, args.prompt, inspect=args.inspect)
-    return run_chat(loaded, options, inspect=args.inspect, load=args.load, history=args.history)
+    asked = args.system is not None or args.system_file is not None
+    return run_chat(loaded, options, inspect=args.inspect, load=args.load, keep_system=asked, history=args.history)
 
 
 def _print_settings(shown: dict[str, Any], out: TextIO) -> None:

@@ -1,8 +1,8 @@
 """The chat contract: how conversations become token ids, labels and prompts, and how ids become a reply.
 
 Token form (SentencePiece tokenizers): every message is its role's sentinel id, the ids of its content and the end id.
-Only this module puts sentinels into sequences. Training, chat, server and exports share the one renderer, so a prompt
-is by construction the beginning of what was trained on.
+Only this module puts sentinels into sequences. Training, chat and exports share the one renderer, so a prompt is by
+construction the beginning of what was trained on.
 
 Text form (byte tokenizers of the first published models): `role: content` lines, ending in `assistant: `.
 
@@ -36,7 +36,7 @@ class Prompt:
 
 
 class ChatFormat(Protocol):
-    """What chat and server need to know of a model's chat form."""
+    """What a chat needs to know of a model's chat form."""
 
     @property
     def stop_ids(self) -> frozenset[int]: ...  # any of them ends the reply

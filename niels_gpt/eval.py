@@ -14,11 +14,14 @@ import numpy as np
 import torch
 
 from niels_gpt.batching import Batch, TokenStream, as_stream, get_batch
-from niels_gpt.device import Precision
+from niels_gpt.device import Precision, choose_precision
 from niels_gpt.infer.steps import eval_mode
 from niels_gpt.model.gpt import GPT
 from niels_gpt.model.loss import IGNORED
+from niels_gpt.settings import Settings
 from niels_gpt.tokenizer import Tokenizer
+
+EVALUATION_ROWS = 32  # windows of a forward pass that measures held-out text
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,16 @@ def bits_per_byte(
 
     lengths = token_byte_lengths(tokenizer)
     return evaluate(model, batches(), device=device, precision=precision, byte_lengths=lengths).text
+
+
+def held_out_bits(
+    model: GPT, stream: TokenStream, tokenizer: Tokenizer, settings: Settings, *, max_windows: int | None = None
+) -> BitsPerByte:
+    """`bits_per_byte` of a trained model where it is, in the precision of the pretraining that `settings` describe."""
+    device, options = model.tok_emb.weight.device.type, settings.training.pretrain
+    precision = choose_precision(device, options.amp, options.amp_dtype)
+    rows = EVALUATION_ROWS
+    return bits_per_byte(model, stream, tokenizer, B=rows, device=device, precision=precision, max_windows=max_windows)
 
 
 def window_starts(stream: TokenStream, T: int) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """Generation for callers: ids or text in, ids or text out; thin wrappers over `infer.steps.stream_steps`.
 
-Sampling itself lives in `infer.sampling`, the cached generators of the specification in `infer.kv_cache`, many texts at
-once in `infer.batch`.
+Sampling itself lives in `infer.sampling`, the cached generators of the specification in `infer.kv_cache`, many replies
+at once in `infer.batch`.
 """
 
 from __future__ import annotations
@@ -12,25 +12,18 @@ import torch
 from torch import Tensor
 
 from niels_gpt.config import ModelConfig
-from niels_gpt.infer.batch import stream_batch
 from niels_gpt.infer.sampling import Sampling, min_p_filter, sample_next_token, top_k_filter, top_p_filter
-from niels_gpt.infer.steps import Memory, Request, Step, stream_steps
+from niels_gpt.infer.steps import stream_steps
 from niels_gpt.model.gpt import GPT
 from niels_gpt.settings import GenerationSettings
 from niels_gpt.tokenizer import Tokenizer, get_default_tokenizer
 
 __all__ = [
-    "Memory",
-    "Request",
-    "Sampling",
-    "Step",
     "StopText",
     "generate_ids",
     "generate_text",
     "min_p_filter",
     "sample_next_token",
-    "stream_batch",
-    "stream_steps",
     "top_k_filter",
     "top_p_filter",
 ]
@@ -139,7 +132,7 @@ def generate_text(
         generator=generator,
         stop_ids=() if stop_token_id is None else (stop_token_id,),
         banned_ids=banned_token_ids or (),
-        tokenizer=tokenizer if text_stops else None,
+        tokenizer=tokenizer,
         context=cfg.T,
         rolling="slide",
         weights=generation.weights,

@@ -73,7 +73,11 @@ def measure_recall(loaded: LoadedModel, questions: Questions, *, system: str) ->
 
 
 def likeliest_replies(loaded: LoadedModel, questions: Sequence[str], *, system: str) -> list[str]:
-    """What `chat` would say to each question alone at temperature 0, with this system prompt ("" = none)."""
+    """The likeliest reply to each question alone, with this system prompt ("" = none), of MAX_REPLY_TOKENS at most.
+
+    What `chat` says at temperature 0, but for a repetition penalty, and for the text that ends the replies
+    of byte models.
+    """
     chat = loaded.chat_format
     opening = [Message("system", system)] if system else []
     prompts = [
@@ -88,5 +92,6 @@ def likeliest_replies(loaded: LoadedModel, questions: Sequence[str], *, system: 
         max_new_tokens=MAX_REPLY_TOKENS,
         stop_ids=chat.stop_ids,
         banned_ids=chat.banned_ids,
+        tokenizer=loaded.tokenizer,
     )
     return [loaded.tokenizer.decode(ids) for ids in replies]

@@ -13,8 +13,7 @@ from niels_gpt import paths
 from niels_gpt.cache.pretrain import open_mix
 from niels_gpt.checkpoint import LoadedModel, load_model, phase_paths
 from niels_gpt.data.registry import get_source
-from niels_gpt.device import choose_precision
-from niels_gpt.eval import bits_per_byte, byte_unigram_bits
+from niels_gpt.eval import byte_unigram_bits, held_out_bits, window_starts
 from niels_gpt.recall import Recall, held_out_questions, likeliest_replies, measure_recall, trained_questions
 from niels_gpt.settings import Settings
 
@@ -93,7 +92,6 @@ def source_scores(loaded: LoadedModel, settings: Settings, share: float = 1.0) -
     """
     device = loaded.model.tok_emb.weight.device.type
     base = load_model(phase_paths("pretrain").best, device=device).model
-    precision = choose_precision(device, settings.training.pretrain.amp, settings.training.pretrain.amp_dtype)
     streams, _ = open_mix(settings, loaded.tokenizer, "val", settings.model.T)
     scores = {}
     for name, stream in streams.items():
@@ -101,11 +99,9 @@ def source_scores(loaded: LoadedModel, settings: Settings, share: float = 1.0) -
         assert documents is not None, f"{name} is in mix_pretrain, so it has text"
         texts = {split: (d.text.encode() for d in documents(settings, split)) for split in ("train", "val")}
         unigram = byte_unigram_bits(texts["train"], texts["val"])
-        windows = sum(len(array) for array in stream.arrays) // settings.model.T
-        most = max(FEWEST_WINDOWS, round(share * windows))
+        most = max(FEWEST_WINDOWS, round(share * len(window_starts(stream, settings.model.T))))
         before, after = (
-            bits_per_byte(model, stream, loaded.tokenizer, B=32, device=device, precision=precision, max_windows=most)
-            for model in (base, loaded.model)
+            held_out_bits(model, stream, loaded.tokenizer, settings, max_windows=most) for model in (base, loaded.model)
         )
         scores[name] = SourceScore(before.value, after.value, unigram, after.text_bytes)
     return scores

@@ -103,6 +103,16 @@ class TestInteractive:
         wanted = {"temperature": 0.9, "top_k": 7, "top_p": None, "max_new_tokens": 256, "seed": 42}
         assert shown.items() >= (wanted | {"system": "be kind", "use_cache": False, "step": 100}).items()
 
+    def test_a_system_prompt_of_the_command_line_holds_for_a_loaded_conversation(
+        self, chat_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+        (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}))
+        flags = ("--ckpt", str(chat_checkpoint), "--load", str(tmp_path / "a.jsonl"))
+        assert "[system prompt: be kind]" in chat(monkeypatch, capsys, "/system\n", *flags, "--system", "be kind")[1]
+        monkeypatch.setattr(sys, "stdin", io.StringIO("/system\n"))
+        assert chat_cli.main(list(flags)) == 0 and "[system prompt: none]" in capsys.readouterr().out
+
 
 class TestOneShot:
     def test_one_question_prints_the_reply_alone(

@@ -13,9 +13,18 @@ import torch
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.batching import Batch, TokenStream
-from niels_gpt.eval import bits_per_byte, byte_unigram_bits, eval_loss_on_stream, evaluate, token_byte_lengths
+from niels_gpt.device import choose_precision
+from niels_gpt.eval import (
+    bits_per_byte,
+    byte_unigram_bits,
+    eval_loss_on_stream,
+    evaluate,
+    held_out_bits,
+    token_byte_lengths,
+)
 from niels_gpt.infer.steps import eval_mode
 from niels_gpt.model.loss import IGNORED
+from niels_gpt.settings import validate_overrides
 from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from tests.reference import BUNDLE, needs_bundle
 from tests.varied import random_ids, varied_model
@@ -112,6 +121,19 @@ def test_batch_size_does_not_matter_and_windows_are_spread(tiny_tokenizer: Sente
     assert one.text_bytes == many.text_bytes and one.value == pytest.approx(many.value, rel=1e-6)
     some = bits_per_byte(model, stream, tiny_tokenizer, B=7, device="cpu", max_windows=5)
     assert 0 < some.text_bytes < one.text_bytes
+
+
+def test_held_out_text_is_measured_in_the_precision_of_pretraining(tiny_tokenizer: SentencePieceTokenizer) -> None:
+    model = varied_model(V=tiny_tokenizer.vocab_size)
+    stream = TokenStream([np.array(random_ids(300, 512), np.uint16)], "s")
+    found = {}
+    for amp in (False, True):
+        settings = validate_overrides({"training": {"pretrain": {"amp": amp, "amp_dtype": "bf16"}}})
+        precision = choose_precision("cpu", amp, "bf16")
+        expected = bits_per_byte(model, stream, tiny_tokenizer, B=32, device="cpu", precision=precision, max_windows=5)
+        found[amp] = held_out_bits(model, stream, tiny_tokenizer, settings, max_windows=5)
+        assert found[amp] == expected
+    assert found[False] != found[True]
 
 
 def test_byte_unigram_baseline() -> None:

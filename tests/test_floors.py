@@ -10,7 +10,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "niels_gpt"
 
 FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
-    0: ("paths", "files", "command", "rng", "device", "machine", "special_tokens", "unicode", "config", "native"),
+    0: (
+        "paths",
+        "files",
+        "child",
+        "command",
+        "rng",
+        "device",
+        "machine",
+        "special_tokens",
+        "unicode",
+        "config",
+        "native",
+    ),
     1: ("settings", "data.types"),
     2: (
         "tokenizer",

@@ -26,7 +26,7 @@ from niels_gpt.chat_format import TextChat, TokenChat, extract_reply_ids, format
 from niels_gpt.checkpoint import LoadedModel, load_model
 from niels_gpt.data.primer import read_chat_jsonl, write_chat_jsonl
 from niels_gpt.data.types import ROLES, Message
-from niels_gpt.generate import Step
+from niels_gpt.infer.steps import Step
 from niels_gpt.special_tokens import SPECIAL_TOKEN_IDS, SPECIAL_TOKENS
 from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, train_tokenizer
 from tests.reference import BUNDLE

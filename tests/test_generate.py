@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from niels_gpt.config import V1, V2, ModelConfig
-from niels_gpt.generate import Sampling, Step, StopText, generate_ids, generate_text, stream_steps
+from niels_gpt.generate import StopText, generate_ids, generate_text
 from niels_gpt.infer.kv_cache import generate_ids_cached, generate_ids_greedy_full
+from niels_gpt.infer.sampling import Sampling
+from niels_gpt.infer.steps import Step, stream_steps
 from niels_gpt.model.gpt import GPT
 from niels_gpt.settings import GenerationSettings
 from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer
@@ -270,6 +272,13 @@ class TestGenerateIds:
         prompt = tiny_tokenizer.encode("hello")
         expected = generate_ids_greedy_full(model, prompt, max_new_tokens=8, eot_token_id=None)
         assert text == tiny_tokenizer.decode(expected) and text.startswith("hello")
+
+    def test_generate_text_says_only_what_the_tokenizer_knows(self) -> None:
+        model, generation = varied_model(V=300), GenerationSettings(max_new_tokens=26, temperature=2.0)
+        said = generate_text(
+            model, "hello", cfg=model.cfg, generation=generation, tokenizer=ByteTokenizer(), generator=seeded()
+        )
+        assert said.startswith("hello") and len(said.encode("utf-8", "replace")) > 20
 
 
 @needs_bundle

@@ -28,9 +28,10 @@ import torch
 from niels_gpt.checkpoint import load_model
 from niels_gpt.config import ModelConfig
 from niels_gpt.export.gguf_file import write_model
-from niels_gpt.generate import Sampling, stream_steps
 from niels_gpt.infer.cache import cache_for
 from niels_gpt.infer.native.decoder import KINDS, NativeDecoder
+from niels_gpt.infer.sampling import Sampling
+from niels_gpt.infer.steps import stream_steps
 from niels_gpt.model.gpt import GPT
 from tools.bench_common import KEYS, SHAPES, hugging_face_twin, interleaved, machine, median_and_spread
 

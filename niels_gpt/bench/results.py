@@ -48,9 +48,9 @@ class Results:
             os.fsync(file.fileno())
         self.rows.append(row)
 
-    def here(self) -> list[dict[str, Any]]:
-        """The rows of this machine."""
-        return [row for row in self.rows if row.get("machine") == self.machine]
+    def here(self, device: str) -> list[dict[str, Any]]:
+        """The rows of one device of this machine."""
+        return [row for row in self.rows if (row.get("machine"), row.get("device")) == (self.machine, device)]
 
 
 def _ends_with_newline(file: Any) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Protocol
 
 
 class Measured(Protocol):
@@ -13,28 +12,14 @@ class Measured(Protocol):
     @property
     def status(self) -> str: ...
 
-    @property
-    def tokens_per_sec(self) -> float | None: ...
 
-
-R = TypeVar("R", bound=Measured)
-
-
-@dataclass(frozen=True)
-class Found(Generic[R]):
-    """`results` holds every size that was measured, in the order of measuring."""
-
-    results: Mapping[int, R]
-    largest: int  # rows of the largest microbatch that works; 0 if not even one row does
-    best: int  # rows of the fastest; 0 if none works
-
-
-def largest_microbatch(measure: Callable[[int], R], limit: int) -> Found[R]:
-    """Search sizes 1..limit. A size works if its status is ok; with an error, which is no matter of size, it ends.
+def largest_microbatch(measure: Callable[[int], Measured], limit: int) -> int:
+    """The largest of the sizes 1..limit that works, 0 if none does. A size works if its status is ok; with an error,
+    which is no matter of size, the search ends.
 
     Afterwards half of the largest is measured too: the largest is often not the fastest.
     """
-    results: dict[int, R] = {}
+    results: dict[int, Measured] = {}
 
     def works(size: int) -> bool:
         if size not in results:
@@ -56,6 +41,4 @@ def largest_microbatch(measure: Callable[[int], R], limit: int) -> Found[R]:
         low, high = (middle, high) if works(middle) else (low, middle)
     if low > 1 and not broken():
         works(low // 2)
-    speeds = {size: result.tokens_per_sec or 0.0 for size, result in results.items() if result.status == "ok"}
-    best = max(speeds, key=lambda size: (speeds[size], size), default=0)
-    return Found(results, low, best)
+    return low

@@ -150,7 +150,8 @@ class Sweep:
         largest_microbatch(measure, self.settings.benchmark.max_micro_B)
 
     def _summarise(self) -> list[summary.Configuration]:
-        return summary.write(self.folder, self.device, self.results.here(), self.settings, self.results.machine)
+        rows = self.results.here(self.device)
+        return summary.write(self.folder, self.device, rows, self.settings, self.results.machine)
 
     def _show(self, watch: Watch) -> int:
         order = summary.ranked(self._summarise())

@@ -7,18 +7,12 @@ kill or a crash, this process only gets a `Result`.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-import psutil
-
-from niels_gpt import paths
+from niels_gpt.child import run_module
 from niels_gpt.config import ModelConfig
 from niels_gpt.settings import Settings
 from niels_gpt.train.memory import SIGNS
@@ -28,7 +22,6 @@ PROGRAM = "niels_gpt.bench.trial_cli"
 KILLED = -9  # how the kernel ends a process when memory runs out
 READ = {"model", "training", "reproducibility"}  # sections that a step depends on
 KEPT_OUTPUT = 4000  # last characters of what a failed trial printed
-REAP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -126,34 +119,10 @@ def run_trial(trial: Trial, timeout_s: float) -> Result:
 
     A process that is killed from outside counts as out of memory: that is how Linux ends what takes too much.
     """
-    began = time.monotonic()
-    command = [sys.executable, "-m", PROGRAM, "--trial", json.dumps(trial.as_dict())]
-    path = os.pathsep.join(filter(None, (str(paths.IMPORT_ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=environment,
-    ) as process:
-        try:
-            stdout, stderr = process.communicate(timeout=timeout_s)
-            timed_out = False
-        except subprocess.TimeoutExpired:
-            end_family(process.pid)
-            stdout, stderr = process.communicate()
-            timed_out = True
-        except BaseException:
-            end_family(process.pid)
-            raise
-    seconds = time.monotonic() - began
-    if timed_out:
-        message = f"not done after {timeout_s:g} s"
-        return Result(trial, "timeout", message=message, seconds=seconds)
-    return replace(_understood(trial, process.returncode, stdout, stderr), seconds=seconds)
+    ended = run_module(PROGRAM, "--trial", json.dumps(trial.as_dict()), timeout_s=timeout_s)
+    if ended.code is None:
+        return Result(trial, "timeout", message=f"not done after {timeout_s:g} s", seconds=ended.seconds)
+    return replace(_understood(trial, ended.code, ended.stdout, ended.stderr), seconds=ended.seconds)
 
 
 def _understood(trial: Trial, code: int, stdout: str, stderr: str) -> Result:
@@ -199,14 +168,3 @@ def row_of(result: Result) -> dict[str, Any]:
     if result.status == "error":
         row |= {"stdout": result.stdout, "stderr": result.stderr}
     return row if not result.seconds else row | {"seconds": round(result.seconds, 2)}
-
-
-def end_family(pid: int) -> None:
-    """Kill a process and all that it has started (the compiler's helpers, say)."""
-    with suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(pid)
-        family = [*parent.children(recursive=True), parent]
-        for member in family:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(family[:-1], timeout=REAP_SECONDS)

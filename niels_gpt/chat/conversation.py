@@ -15,7 +15,8 @@ import torch
 from niels_gpt.chat.options import ChatOptions
 from niels_gpt.checkpoint import LoadedModel
 from niels_gpt.data.types import Message
-from niels_gpt.generate import Memory, Step, StopText, stream_steps
+from niels_gpt.generate import StopText
+from niels_gpt.infer.steps import Memory, Step, stream_steps
 from niels_gpt.settings import default_settings
 from niels_gpt.unicode import valid_unicode
 

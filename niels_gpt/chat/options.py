@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from niels_gpt import paths
-from niels_gpt.generate import Sampling
+from niels_gpt.infer.sampling import Sampling
 from niels_gpt.settings import Settings, default_settings
 
 BUILT_IN_SYSTEM = "Answer briefly and truthfully."

@@ -18,7 +18,7 @@ from niels_gpt.chat.view import ALTERNATIVES, View, note
 from niels_gpt.checkpoint import LoadedModel
 from niels_gpt.data.primer import read_chat_jsonl, write_chat_jsonl
 from niels_gpt.data.types import Message
-from niels_gpt.generate import Sampling
+from niels_gpt.infer.sampling import Sampling
 
 _COMMAND = re.compile(r"(/[A-Za-z?]+)(?:\s+(.*))?", re.DOTALL)  # /usr/bin is no command
 _NO_SYSTEM = "-"
@@ -65,8 +65,9 @@ class Session:
         self.done = True
 
     def reset(self, _: str) -> None:
-        """Forget the conversation, but for the system prompt."""
+        """Forget the conversation, but for the system prompt; the next one is not saved over it."""
         self.conversation.reset()
+        self.file = None
 
     def system(self, text: str) -> None:
         """Show or replace the system prompt."""
@@ -168,15 +169,24 @@ COMMANDS: dict[str, tuple[str, str, Command]] = {
 
 
 def run_chat(
-    loaded: LoadedModel, options: ChatOptions, *, inspect: bool = False, load: str | None = None, history: bool = True
+    loaded: LoadedModel,
+    options: ChatOptions,
+    *,
+    inspect: bool = False,
+    load: str | None = None,
+    keep_system: bool = False,
+    history: bool = True,
 ) -> int:
     """Take lines from stdin until /exit, end of input or Ctrl-C at the prompt; returns the exit status 0.
 
-    load: a file as `/load` takes it, to start from; what is wrong with it is raised. history: keep what was typed.
+    load: a file as `/load` takes it, to start from; what is wrong with it is raised. keep_system: the system prompt of
+    the options holds, not that of the file. history: keep what was typed.
     """
     session = Session(loaded, options, inspect=inspect)
     if load is not None:
         session.load(load)
+        if keep_system:
+            session.conversation.set_system(options.system)
     read_line = line_reader(list(COMMANDS), history=history)
     while not session.done:
         try:

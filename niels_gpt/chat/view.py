@@ -158,5 +158,5 @@ def _likely(tokenizer: Tokenizer, token_id: int, logprob: float) -> str:
 
 
 def note(text: str) -> None:
-    """Tell a person on stderr, beside the chat."""
+    """Tell a person on stderr, beside what stdout carries."""
     print(text, file=sys.stderr, flush=True)

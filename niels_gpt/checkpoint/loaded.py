@@ -84,20 +84,21 @@ def is_byte_model(checkpoint: Checkpoint) -> bool:
     """
     if checkpoint["model_cfg"].get("V") != BYTES or checkpoint["tokenizer_model"] is not None:
         return False
-    meta = _settings_meta(checkpoint)
+    meta = settings_meta(checkpoint)
     return architecture_of(checkpoint["model_state"]) == V1 if meta is None else meta.get("tokenizer_sha256") is None
 
 
 def recorded_tokenizer(checkpoint: Checkpoint) -> str | None:
     """sha256 of the tokenizer that the model was trained with; None if nothing says it."""
-    recorded: str | None = (_settings_meta(checkpoint) or {}).get("tokenizer_sha256")
+    recorded: str | None = (settings_meta(checkpoint) or {}).get("tokenizer_sha256")
     embedded = checkpoint["tokenizer_model"]
     if recorded is None and embedded is not None:
         return files.sha256_bytes(embedded.numpy().tobytes())
     return recorded
 
 
-def _settings_meta(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def settings_meta(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Where its settings came from: run_id, phase, tokenizer_sha256 ...; None in checkpoints that do not say."""
     meta = checkpoint["train_cfg"].get("_settings_meta")
     return meta if isinstance(meta, dict) else None
 

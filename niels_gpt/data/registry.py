@@ -45,6 +45,7 @@ class Source:
     ends_documents: bool = True
     optional: bool = False  # a mix does without it when its cache is missing
     forget: Callable[[], None] | None = None  # lets go of text that is kept to be read again
+    from_hub: bool = False  # the Hugging Face hub has it
 
 
 SOURCES: dict[str, Source] = {
@@ -60,12 +61,12 @@ SOURCES: dict[str, Source] = {
         Source("primer", primer_source.describe, documents=primer_source.documents, chats=primer_source.chats),
         Source("roam", roam.describe, documents=roam.documents, optional=True),
         Source("text", text.describe, documents=text.documents),
-        Source("wikitext", wikitext.describe, documents=wikitext.documents, ends_documents=False),
-        Source("fineweb_edu", fineweb_edu.describe, stream=fineweb_edu.stream, ends_documents=False),
-        Source("gutenberg", gutenberg.describe, stream=gutenberg.stream, ends_documents=False),
+        Source("wikitext", wikitext.describe, documents=wikitext.documents, ends_documents=False, from_hub=True),
+        Source("fineweb_edu", fineweb_edu.describe, stream=fineweb_edu.stream, ends_documents=False, from_hub=True),
+        Source("gutenberg", gutenberg.describe, stream=gutenberg.stream, ends_documents=False, from_hub=True),
         Source("wiki_summaries", wiki_summaries.describe, documents=wiki_summaries.documents),
-        Source("dolly15k", dolly15k.describe, chats=dolly15k.chats, splits_chats=False),
-        Source("oasst1", oasst1.describe, chats=oasst1.chats, splits_chats=False),
+        Source("dolly15k", dolly15k.describe, chats=dolly15k.chats, splits_chats=False, from_hub=True),
+        Source("oasst1", oasst1.describe, chats=oasst1.chats, splits_chats=False, from_hub=True),
         Source("jsonl", jsonl.describe, chats=jsonl.chats, splits_chats=False),
     )
 }

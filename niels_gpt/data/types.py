@@ -1,4 +1,4 @@
-"""The records that flow from sources to caches, training, chat and server."""
+"""The records that flow from sources to caches, training and chat."""
 
 from __future__ import annotations
 

@@ -21,8 +21,7 @@ from niels_gpt.model.native import ops
 from niels_gpt.settings import Settings, tokenizer_file
 from niels_gpt.settings.tree import model_config_of
 
-FROM_THE_HUB = ("wikitext", "fineweb_edu", "gutenberg", "dolly15k", "oasst1")
-NUMBERS = 12  # bytes a checkpoint holds for every weight: itself and the optimizer's moments
+BYTES_PER_WEIGHT = 12  # of a checkpoint: the weight itself and the optimizer's two moments
 EXTRA_CHECKPOINTS = 3  # best, latest and the one being written
 ROOM = 250 * 10**6  # bytes for caches, tokenizer, logs and the system
 
@@ -53,7 +52,7 @@ def needed_bytes(settings: Settings) -> int:
         parameters = GPT(model_config_of(settings.model), arch).num_parameters
     training = settings.training
     kept = sum(phase.keep_last + EXTRA_CHECKPOINTS for phase in (training.pretrain, training.sft))
-    return NUMBERS * parameters * kept + ROOM
+    return BYTES_PER_WEIGHT * parameters * kept + ROOM
 
 
 def unwritable(settings: Settings) -> Iterator[tuple[str, str]]:
@@ -81,7 +80,7 @@ def texts(settings: Settings) -> Iterator[Text]:
             continue
         except (OSError, ValueError):
             pass
-        if name in FROM_THE_HUB:
+        if get_source(name).from_hub:
             trouble = f"{name} has no cache here and comes from the Hugging Face hub"
             yield Text(name, cached=False, trouble=trouble, optional=optional)
             continue

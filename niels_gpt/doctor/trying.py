@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from niels_gpt import paths
+from niels_gpt.child import run_module
 from niels_gpt.doctor.checks import Status
 from niels_gpt.train.metrics import read_metrics
 
@@ -45,23 +41,15 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _in_a_process(device: str, folder: str) -> Outcome:
-    command = [sys.executable, "-m", PROGRAM, "--device", device]
-    path = os.pathsep.join(filter(None, (str(paths.IMPORT_ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
-    began = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
+    ended = run_module(PROGRAM, "--device", device, timeout_s=SECONDS, folder=folder)
+    if ended.code is None:
         return _unfinished(Path(folder))
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
+    lines = ended.stdout.strip().splitlines()
+    if ended.code == 0 and lines:
         outcome = Outcome(**json.loads(lines[-1]))
-        return replace(outcome, seconds={**outcome.seconds, "all": round(time.monotonic() - began, 1)})
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-    return Outcome("problem", f"{last[:300]} ({how})")
+        return replace(outcome, seconds={**outcome.seconds, "all": round(ended.seconds, 1)})
+    last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    return Outcome("problem", f"{last[:300]} ({ended.how})")
 
 
 def _unfinished(folder: Path) -> Outcome:

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.kind == "gguf" and args.out.suffix == ".gguf":
         parser.error(f"--out names a folder, which will hold the .gguf files; try --out {args.out.with_suffix('')}")
-    return exit_status(lambda: _export(args), stopped=f"interrupted; there is nothing at {args.out}")
+    return exit_status(lambda: _export(args), stopped=f"interrupted; {args.out} is as it was")
 
 
 def _export(args: argparse.Namespace) -> None:

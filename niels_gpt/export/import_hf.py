@@ -46,6 +46,8 @@ def read_hf(folder: Path) -> Imported:
     if not config_file.is_file():
         raise FileNotFoundError(f"there is no config.json in {folder}: name a folder as transformers saves it")
     config = files.read_json(config_file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_file} must hold a JSON object, as transformers saves it")
     reasons = unsupported(config)
     if reasons:
         raise ValueError(f"{folder} cannot become a checkpoint: " + "; ".join(reasons))
@@ -137,7 +139,7 @@ def _weights(folder: Path) -> names.State:
     """All tensors of the folder's safetensors, one file or several."""
     load = needed("safetensors.torch").load_file
     index = folder / "model.safetensors.index.json"
-    shards = sorted(set(files.read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    shards = _shards(index) if index.is_file() else ["model.safetensors"]
     if missing := [name for name in shards if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; weights must be safetensors")
     found: names.State = {}
@@ -147,6 +149,15 @@ def _weights(folder: Path) -> names.State:
         except Exception as error:  # safetensors has its own error type for a damaged file
             raise ValueError(f"{folder / name} cannot be read: {error}") from None
     return found
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names."""
+    content = files.read_json(index)
+    placed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise ValueError(f"{index} has no weight_map, which says in which file each weight is")
+    return sorted(set(placed.values()))
 
 
 def _tie_head(state: names.State, config: Mapping[str, Any]) -> list[str]:

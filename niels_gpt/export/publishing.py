@@ -12,7 +12,7 @@ from typing import Any
 from niels_gpt import files
 from niels_gpt.cache.folder import replacing_folder
 from niels_gpt.checkpoint import LoadedModel
-from niels_gpt.export import gguf_file, native
+from niels_gpt.export import gguf_file, llama_cpp
 from niels_gpt.export.hf import write_hf
 from niels_gpt.export.needs import needed
 from niels_gpt.export.verify import verify_hf
@@ -61,14 +61,14 @@ def export_gguf(
 
 
 def _llama_cpp_says(folder: Path, loaded: LoadedModel, dtypes: Sequence[str], say: Say) -> str:
-    python = native.python_with_llama_cpp()
+    python = llama_cpp.python_with_llama_cpp()
     if python is None:
         return "llama-cpp-python is not installed here: the files were read back, but not by llama.cpp itself"
     say("asking llama.cpp")
     if "f32" not in dtypes:
-        native.compare(python, folder / _file_name(dtypes[0]), loaded, rows=0)
+        llama_cpp.compare(python, folder / _file_name(dtypes[0]), loaded, rows=0)
         return "llama.cpp itself: token ids and chats equal (logits are compared in an f32 file only)"
-    worst = native.compare(python, folder / _file_name("f32"), loaded)
+    worst = llama_cpp.compare(python, folder / _file_name("f32"), loaded)
     return f"llama.cpp itself: token ids and chats equal, logits within {worst:.1g} of the model's"
 
 

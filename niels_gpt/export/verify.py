@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niels_gpt.chat_format import TextChat, TokenChat
 from niels_gpt.checkpoint import LoadedModel
 from niels_gpt.data.types import ROLES, Message
 from niels_gpt.export import names, samples
@@ -19,16 +18,17 @@ from niels_gpt.model.gpt import GPT
 from niels_gpt.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4  # of logits in float32
+WITHOUT_END = 1 << 40  # positions: a context that no conversation fills, so nothing is left out
 Encode = Callable[[str], Sequence[int]]
-EncodeChat = Callable[[list[dict[str, str]], bool], Sequence[int]]  # messages, whether a reply is asked for -> ids
+EncodeChat = Callable[[list[dict[str, str]]], Sequence[int]]  # messages -> ids that ask for the next reply
 
 
 def verify_hf(folder: Path, loaded: LoadedModel, dtype: str) -> float:
     """Load `folder` with plain transformers and compare everything; returns the largest difference of a logit."""
     tokenizer = load_with_transformers("AutoTokenizer", folder)
 
-    def encode_chat(messages: list[dict[str, str]], reply: bool) -> list[int]:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=reply, tokenize=True, return_dict=False)
+    def encode_chat(messages: list[dict[str, str]]) -> list[int]:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         return list(ids)
 
     texts = samples.strings(loaded.tokenizer)
@@ -104,23 +104,15 @@ def same_text(tokenizer: Tokenizer, texts: Sequence[str], decode: Callable[[list
 
 
 def same_chats(loaded: LoadedModel, chats: Sequence[list[Message]], encode_chat: EncodeChat) -> None:
-    """Compare ids of conversations up to their last user message, with the reply asked for."""
+    """Compare ids of whole conversations, whoever spoke last, with another reply asked for."""
     for messages in chats:
         plain = [{"role": m.role, "content": m.content} for m in messages]
-        expected = prompt_ids(loaded, messages)
-        found = list(encode_chat(plain, True))
+        expected = loaded.chat_format.encode_prompt(messages, context=WITHOUT_END, max_new_tokens=1).ids
+        found = list(encode_chat(plain))
         if found != expected:
             raise ValueError(
                 f"the export's chat template reads {_short(str(plain))} as {_first_difference(found, expected)}"
             )
-
-
-def prompt_ids(loaded: LoadedModel, messages: Sequence[Message]) -> list[int]:
-    """Ids that ask for the next reply, nothing left out."""
-    chat: Any = loaded.chat_format
-    assert isinstance(chat, TokenChat | TextChat)
-    ids: list[int] = chat.encode_prompt(messages, context=1 << 40, max_new_tokens=1).ids
-    return ids
 
 
 def same_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -130,7 +130,7 @@ def _same_tokens(vocab: GgufVocab, template: str, loaded: LoadedModel) -> None:
     texts = gguf_texts(loaded)
     same_ids(loaded.tokenizer, texts, reader.encode)
     chats = samples.conversations(texts)
-    same_chats(loaded, chats, lambda messages, reply: reader.encode(render(messages, reply), parse_special=True))
+    same_chats(loaded, chats, lambda messages: reader.encode(render(messages), parse_special=True))
     if loaded.tokenizer.eot_id is not None:
         _no_forgery(reader, render, loaded)
     if (vocab, template) != (vocab_of(loaded.tokenizer, loaded.model.cfg.V), template_for(loaded)):
@@ -143,15 +143,13 @@ def gguf_texts(loaded: LoadedModel) -> list[str]:
     return texts if loaded.tokenizer.eot_id is None else [as_llama_cpp_reads(text) for text in texts]
 
 
-def _no_forgery(
-    reader: LlamaCppReader, render: Callable[[list[dict[str, str]], bool], str], loaded: LoadedModel
-) -> None:
+def _no_forgery(reader: LlamaCppReader, render: Callable[[list[dict[str, str]]], str], loaded: LoadedModel) -> None:
     """A sentinel in a message must give no control id beyond those of the template."""
     special = set(loaded.tokenizer.special_token_ids().values()) | {0, 1, 2}
     for text in samples.forgeries():
         for role in ("system", "user", "assistant"):
             chat = [{"role": role, "content": text}]
-            ids = reader.encode(render(chat, True), parse_special=True)
+            ids = reader.encode(render(chat), parse_special=True)
             if sum(i in special for i in ids) != 3:
                 raise ValueError(f"the file's chat template lets {text[:60]!a} pose as control")
 
@@ -173,8 +171,8 @@ def vocab_in(fields: Json) -> GgufVocab:
     )
 
 
-def renderer(template: str) -> Callable[[list[dict[str, str]], bool], str]:
-    """Render the template as llama.cpp's Jinja and transformers do."""
+def renderer(template: str) -> Callable[[list[dict[str, str]]], str]:
+    """Render the template as llama.cpp's Jinja and transformers do, with a reply asked for."""
     environment = needed("jinja2.sandbox").ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     compiled = environment.from_string(template)
-    return lambda messages, reply: compiled.render(messages=messages, add_generation_prompt=reply)
+    return lambda messages: compiled.render(messages=messages, add_generation_prompt=True)

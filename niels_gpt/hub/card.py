@@ -13,6 +13,7 @@ from typing import Any
 
 from niels_gpt.checkpoint import LoadedModel
 from niels_gpt.checkpoint.format import Checkpoint
+from niels_gpt.checkpoint.loaded import settings_meta
 from niels_gpt.config import ModelConfig
 from niels_gpt.data.registry import canonical_name
 
@@ -24,7 +25,7 @@ _SOURCES = {
     "primer": ("the dialogues that come with niels-gpt", "MIT", ""),
     "wikitext": ("WikiText-103, Wikipedia articles", "CC BY-SA 3.0 and GFDL", "Salesforce/wikitext"),
     "fineweb_edu": ("FineWeb-Edu, educational web pages", "ODC-By 1.0", "HuggingFaceFW/fineweb-edu"),
-    "gutenberg": ("English books of Project Gutenberg", "public domain in the USA", ""),
+    "gutenberg": ("books of Project Gutenberg", "public domain in the USA", "nikolina-p/gutenberg_clean_en_splits"),
     "wiki_summaries": ("first paragraphs of Wikipedia articles", "CC BY-SA 4.0, Wikipedia and its contributors", ""),
     "dolly15k": ("Dolly 15k, instructions and answers", "CC BY-SA 3.0", "databricks/databricks-dolly-15k"),
     "oasst1": ("OpenAssistant conversations", "Apache 2.0", "OpenAssistant/oasst1"),
@@ -49,18 +50,28 @@ class Published:
     license: str | None = None  # of the model, as the hub names licences
 
 
-def mixes_of(loaded: LoadedModel) -> dict[str, dict[str, float]]:
-    """Phase -> source -> share, by canonical names; {} where the checkpoint does not say."""
+def mixes_of(checkpoint: Checkpoint, loaded: LoadedModel) -> dict[str, dict[str, float]]:
+    """Phase -> source -> share of its training positions, by canonical names; {} where the checkpoint does not say.
+
+    A pretrained model has read no chats; fine-tuning with replay reads the text of pretraining again.
+    """
     if loaded.settings is None:
         return {}
     data = loaded.settings.data
-    mixes = {"pretraining": data.mix_pretrain, "fine-tuning": data.mix_sft}
-    return {phase: {canonical_name(name): share for name, share in mix.items()} for phase, mix in mixes.items()}
+    mixes = {"pretraining": data.mix_pretrain}
+    if (settings_meta(checkpoint) or {}).get("phase") != "pretrain":
+        parts = ((data.mix_sft, 1 - data.replay_pretrain), (data.mix_pretrain, data.replay_pretrain))
+        mixes["fine-tuning"] = {
+            name: sum(mix.get(name, 0.0) * share for mix, share in parts) for mix, _ in parts for name in mix
+        }
+    return {
+        phase: {canonical_name(name): share for name, share in mix.items() if share} for phase, mix in mixes.items()
+    }
 
 
-def own_text(loaded: LoadedModel) -> list[str]:
+def own_text(checkpoint: Checkpoint, loaded: LoadedModel) -> list[str]:
     """Sources of the user's own that the model learned from."""
-    return sorted({name for mix in mixes_of(loaded).values() for name in mix if name in OWN_TEXT})
+    return sorted({name for mix in mixes_of(checkpoint, loaded).values() for name in mix if name in OWN_TEXT})
 
 
 def card(published: Published) -> str:
@@ -70,7 +81,7 @@ def card(published: Published) -> str:
         _front_matter(published),
         f"# {name}\n\n{MADE_HERE}\n\n{_opening(published)}",
         f"## How to run it\n\n{_how_to_run(published)}",
-        f"## What it read\n\n{_sources(published.loaded)}",
+        f"## What it read\n\n{_sources(published)}",
         f"## How it is built\n\n{_shape(published)}",
         f"## Scores\n\n{_scores(published)}",
         f"## Limits\n\n{_limits(published)}",
@@ -80,7 +91,7 @@ def card(published: Published) -> str:
 
 
 def _front_matter(published: Published) -> str:
-    sources = {source for mix in mixes_of(published.loaded).values() for source in mix}
+    sources = {source for mix in mixes_of(published.checkpoint, published.loaded).values() for source in mix}
     lines = ["---", "library_name: niels-gpt", "pipeline_tag: text-generation", "tags: [niels-gpt, pytorch]"]
     if published.license is not None:
         lines.append(f"license: {json.dumps(published.license)}")
@@ -110,8 +121,8 @@ def _how_to_run(published: Published) -> str:
     )
 
 
-def _sources(loaded: LoadedModel) -> str:
-    mixes = mixes_of(loaded)
+def _sources(published: Published) -> str:
+    mixes = mixes_of(published.checkpoint, published.loaded)
     if not mixes:
         return "The checkpoint does not record it."
     rows = ["| phase | share | source | licence |", "|---|---|---|---|"]
@@ -169,7 +180,7 @@ def _limits(published: Published) -> str:
         "It was not aligned or filtered for safety; what it read, it may repeat, word for word.",
         f"It sees {published.loaded.model.cfg.T} positions; what was said before that is forgotten.",
     ]
-    own = own_text(published.loaded)
+    own = own_text(published.checkpoint, published.loaded)
     if own:
         limits.append(f"It learned from its author's own texts ({', '.join(own)}) and may repeat pieces of them.")
     return "\n".join(f"- {limit}" for limit in limits)

@@ -11,11 +11,13 @@ import sys
 from pathlib import Path, PurePosixPath
 
 from niels_gpt import paths
+from niels_gpt.chat import note
 from niels_gpt.checkpoint import is_byte_model, is_good, load_checkpoint
 from niels_gpt.checkpoint.loaded import TOKENIZER_BESIDE, recorded_tokenizer
 from niels_gpt.checkpoint.weights import check_weights, model_config_of
 from niels_gpt.command import exit_status
 from niels_gpt.config import V1
+from niels_gpt.data.hub_errors import HubError
 from niels_gpt.hub.fetch import DEFAULT_REPO, NotThere, fetch, locate
 from niels_gpt.tokenizer import load_tokenizer
 
@@ -25,22 +27,28 @@ DEFAULT_FILE = "best.pt"
 def download_checkpoint(
     repo: str = DEFAULT_REPO, file: str = DEFAULT_FILE, *, revision: str | None = None, out: Path | None = None
 ) -> Path:
-    """The checkpoint's path in `out` (default: checkpoints/); nothing is asked of the hub if it is there already.
+    """The checkpoint's path in `out` (default: checkpoints/), which is not asked of the hub if it is there already.
 
-    With a subword model that does not carry its tokenizer comes the tokenizer, if its repository has it.
+    With a subword model that does not carry its tokenizer comes the tokenizer, if its repository has it and it is not
+    there yet: a download that was stopped between the two has only the first.
     Raises HubError, OSError, or ValueError where the file is no checkpoint; then nothing is there under its name.
     """
     folder = paths.CHECKPOINT_DIR if out is None else out
     target = folder / PurePosixPath(file).name
     if target.exists():
-        _say(f"{target} is there already and is not downloaded again; to have it anew, move it away")
+        note(f"{target} is there already and is not downloaded again; to have it anew, move it away")
         if not is_good(target):
-            _say(f"warning: {target} is not a sound checkpoint")
+            note(f"warning: {target} is not a sound checkpoint")
+            return target
+        try:
+            _bring_tokenizer(target, repo, revision)
+        except HubError as error:  # the model is here; its tokenizer may lie where its settings say
+            note(f"note: its tokenizer did not come: {error}")
         return target
     remote = locate(repo, file, revision)
-    _say(f"downloading {remote.name} of commit {remote.commit[:7]}, {remote.size / 1e6:,.1f} MB, to {target}")
+    note(f"downloading {remote.name} of commit {remote.commit[:7]}, {remote.size / 1e6:,.1f} MB, to {target}")
     fetch(remote, target, _check)
-    _say(_described(target))
+    note(_described(target))
     _bring_tokenizer(target, repo, remote.commit)
     return target
 
@@ -63,19 +71,19 @@ def _described(path: Path) -> str:
     )
 
 
-def _bring_tokenizer(target: Path, repo: str, commit: str) -> None:
+def _bring_tokenizer(target: Path, repo: str, revision: str | None) -> None:
     checkpoint = load_checkpoint(target, device="cpu")
     beside = target.with_name(TOKENIZER_BESIDE)
     if is_byte_model(checkpoint) or checkpoint["tokenizer_model"] is not None or beside.exists():
         return
     wanted = recorded_tokenizer(checkpoint)
     try:
-        remote = locate(repo, TOKENIZER_BESIDE, commit)
+        remote = locate(repo, TOKENIZER_BESIDE, revision)
         fetch(remote, beside, lambda path: _check_tokenizer(path, wanted))
-        _say(f"its tokenizer: {beside}")
+        note(f"its tokenizer: {beside}")
     except (NotThere, ValueError) as error:
         sha = f" (sha256 {wanted})" if wanted else ""
-        _say(
+        note(
             f"note: the model needs its tokenizer{sha}, which did not come with it: {error}; chat with --tokenizer FILE"
         )
 
@@ -84,10 +92,6 @@ def _check_tokenizer(path: Path, wanted: str | None) -> None:
     found = load_tokenizer(path).sha256
     if wanted is not None and found != wanted:
         raise ValueError(f"{path} has the sha256 {found}, the model was trained with {wanted}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

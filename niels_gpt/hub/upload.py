@@ -10,21 +10,25 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from niels_gpt import files, paths
+from niels_gpt.chat import note
 from niels_gpt.checkpoint import LoadedModel, load_checkpoint, load_model, save_checkpoint
 from niels_gpt.checkpoint.format import Checkpoint
-from niels_gpt.checkpoint.loaded import TOKENIZER_BESIDE
+from niels_gpt.checkpoint.loaded import TOKENIZER_BESIDE, settings_meta
 from niels_gpt.command import exit_status
 from niels_gpt.data.hub_errors import HubError
 from niels_gpt.hub.card import MADE_HERE, Published, card, own_text
 from niels_gpt.hub.fetch import DEFAULT_REPO, NotThere, fetch, library_for, locate, patiently
 from niels_gpt.tokenizer import SentencePieceTokenizer
+from niels_gpt.train.metrics import read_metrics
 
 CARD = "README.md"
+DEFAULT_FILE = "best.pt"  # in the folder of checkpoints
 
 
 def upload_checkpoint(
@@ -49,7 +53,7 @@ def upload_checkpoint(
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     checkpoint = load_checkpoint(path, device="cpu")
     loaded = load_model(path, device="cpu", tokenizer_path=tokenizer_path)
-    own = own_text(loaded)
+    own = own_text(checkpoint, loaded)
     if own and not (private or share_own_text or dry_run):
         raise ValueError(
             f"{path} learned from texts of your own ({', '.join(own)}) and may repeat them to anyone; "
@@ -72,7 +76,7 @@ def upload_checkpoint(
         content[CARD] = written.encode()
         for name, item in content.items():
             size = item.stat().st_size if isinstance(item, Path) else len(item)
-            _say(f"{name}: {size:,} bytes, sha256 {_sha256(item)}")
+            note(f"{name}: {size:,} bytes, sha256 {_sha256(item)}")
         return written if dry_run else _publish(repo, content, private)
 
 
@@ -85,7 +89,7 @@ def _model_files(
         sent = weights_only_in / path.name
         _save_without_training_state(sent, checkpoint)
     elif checkpoint["optimizer_state"] is not None:
-        _say("note: it goes up with its optimizer state; --weights-only leaves that out, a third of the size")
+        note("note: it goes up with its optimizer state; --weights-only leaves that out, a third of the size")
     content: dict[str, Path | bytes] = {path.name: sent}
     if isinstance(loaded.tokenizer, SentencePieceTokenizer) and checkpoint["tokenizer_model"] is None:
         content[TOKENIZER_BESIDE] = loaded.tokenizer.model_bytes
@@ -110,23 +114,35 @@ def _save_without_training_state(path: Path, checkpoint: Checkpoint) -> None:
 def _publish(repo: str, content: Mapping[str, Path | bytes], private: bool) -> str:
     library = library_for(repo)
     api = library.HfApi()
-    patiently(lambda: api.create_repo(repo, private=private, exist_ok=True), repo)
-    about = patiently(lambda: api.model_info(repo), repo)
-    if private and not about.private:
-        raise HubError(
-            f"{repo}: it exists and is public; make it private in its settings on the hub, or choose another"
-        )
-    sent = {name: item for name, item in content.items() if name != CARD or not _has_own_card(repo)}
+    with _if_stopped(f"{repo} may have been made on the hub, but nothing was published in it"):
+        patiently(lambda: api.create_repo(repo, private=private, exist_ok=True), repo)
+        about = patiently(lambda: api.model_info(repo), repo)
+        if private and not about.private:
+            raise HubError(
+                f"{repo}: it exists and is public; make it private in its settings on the hub, or choose another"
+            )
+        sent = {name: item for name, item in content.items() if name != CARD or not _has_own_card(repo)}
     operations = [
         library.CommitOperationAdd(name, item if isinstance(item, bytes) else str(item)) for name, item in sent.items()
     ]
-    _say(f"uploading {', '.join(sent)} to {repo}")
+    note(f"uploading {', '.join(sent)} to {repo}")
     message = f"Upload {next(iter(content))}"
-    commit = patiently(lambda: api.create_commit(repo, operations, commit_message=message), repo)
-    for name, item in sent.items():
-        _compare(repo, name, item, commit.oid)
+    with _if_stopped(f"{repo} is there, and all of the files are in it or none; the same command publishes them"):
+        commit = patiently(lambda: api.create_commit(repo, operations, commit_message=message), repo)
     address: str = commit.commit_url
+    with _if_stopped(f"it is published as {address}, but was not compared with what is here"):
+        for name, item in sent.items():
+            _compare(repo, name, item, commit.oid)
     return address
+
+
+@contextmanager
+def _if_stopped(truth: str) -> Iterator[None]:
+    """Ctrl-C inside the block says this."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(truth) from None
 
 
 def _has_own_card(repo: str) -> bool:
@@ -140,7 +156,7 @@ def _has_own_card(repo: str) -> bool:
         fetch(remote, target, lambda _: None)
         own = MADE_HERE not in target.read_text(encoding="utf-8", errors="replace")
     if own:
-        _say(f"note: {repo} has a {CARD} that was not written here; it stays as it is")
+        note(f"note: {repo} has a {CARD} that was not written here; it stays as it is")
     return own
 
 
@@ -161,19 +177,21 @@ def _sha256(item: Path | bytes) -> str:
 
 def _metrics_of(checkpoint: Checkpoint) -> Path | None:
     """The metrics of the run that made it, where they are here."""
-    meta = checkpoint["train_cfg"].get("_settings_meta")
-    run = meta.get("run_id") if isinstance(meta, dict) else None
+    run = (settings_meta(checkpoint) or {}).get("run_id")
     path = paths.RUNS_DIR / Path(str(run)).name / "metrics.jsonl"
     return path if run and path.is_file() else None
 
 
 def _last_evals(path: Path | None) -> list[dict[str, Any]]:
+    """The last evaluation of each phase; FileNotFoundError for a file that is not there."""
     if path is None:
         return []
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no metrics at {path}")
     last: dict[str, dict[str, Any]] = {}
-    for entry in files.read_json_lines(path):
-        if isinstance(entry, dict) and entry.get("kind") == "eval" and entry.get("losses"):
-            last[str(entry.get("phase"))] = entry
+    for entry in read_metrics(path):
+        if entry.get("kind") == "eval" and entry.get("losses"):
+            last[str(entry["phase"])] = entry
     return list(last.values())
 
 
@@ -190,16 +208,13 @@ def _read_scores(path: Path | None) -> dict[str, float] | None:
     return {str(name): float(value) for name, value in scores.items()}
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="niels-gpt upload", description="Publish a checkpoint on the Hugging Face hub.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="PATH", help="such as checkpoints/best.pt")
+    best = paths.CHECKPOINT_DIR / DEFAULT_FILE
+    add("--checkpoint", type=Path, default=best, metavar="PATH", help="what to publish (default: %(default)s)")
     add("--repo", default=DEFAULT_REPO, metavar="OWNER/NAME", help="made if it does not exist (default: %(default)s)")
     add("--private", action="store_true", help="only you can see the repository")
     add("--dry-run", action="store_true", help="print the model card and send nothing")
@@ -210,7 +225,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--scores", type=Path, metavar="PATH", help="JSON of names and bits per byte for the card")
     add("--license", metavar="NAME", help="of the model, as the hub names licences, such as mit or cc-by-sa-4.0")
     args = parser.parse_args(argv)
-    return exit_status(lambda: print(_upload(args)), stopped="stopped; nothing was published")
+
+    def work() -> None:
+        try:
+            print(_upload(args))
+        except KeyboardInterrupt as stop:
+            note(f"stopped; {str(stop) or 'nothing was published'}")
+            raise
+
+    return exit_status(work)
 
 
 def _upload(args: argparse.Namespace) -> str:

@@ -48,11 +48,6 @@ class Watch:
             cls(None if trace_layer is None else Trace(trace_layer), lens) if trace_layer is not None or lens else None
         )
 
-    @property
-    def idle(self) -> bool:
-        """True if nothing is to be recorded."""
-        return self.trace is None and not self.lens
-
 
 class Engine:
     """A model with a cache of `rows` sequences of at most T_max positions."""
@@ -79,12 +74,10 @@ class Engine:
             self._graph = _CapturedStep(self.model, self.cache)
 
     def prefill(self, row: int, ids: Sequence[int], start: int, watch: Watch | None = None) -> Outlook:
-        """Feed ids at positions start.. of a row in one pass; the outlook after the last of them."""
-        if len(ids) == 1 and self._native is not None and (watch is None or watch.idle):
+        """Feed ids at positions start.. of a row; the outlook after the last of them."""
+        if len(ids) == 1 and watch is None and (self._native is not None or self._graph is not None):
             return self.step([row], ids, [start])[0]
-        cache = KVCache(self.cache.k[:, row : row + 1], self.cache.v[:, row : row + 1], t=start)
-        x = torch.tensor([list(ids)], device=cache.k.device)
-        return last_outlook(self.model, x, cache, watch)
+        return self._pass(row, ids, start, watch)
 
     def step(self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> list[Outlook]:
         """Feed one token to each of some rows at its own position; their outlooks in the same order."""
@@ -93,12 +86,25 @@ class Engine:
             stats = zip(found.logsumexp.tolist(), found.entropy.tolist(), strict=True)
             return [Outlook(x, z, e) for x, (z, e) in zip(found.logits, stats, strict=True)]
         if self._graph is None and len(rows) == 1:
-            return [self.prefill(rows[0], tokens, positions[0])]
+            return [self._pass(rows[0], tokens, positions[0], None)]
         all_tokens, all_positions = [0] * self.cache.B, [0] * self.cache.B
         for row, token, position in zip(rows, tokens, positions, strict=True):
             all_tokens[row], all_positions[row] = token, position
         logits = (self._graph or self._plain)(all_tokens, all_positions, rows)
         return [outlook(logits[row]) for row in rows]
+
+    def share(self, ids: Sequence[int]) -> None:
+        """Feed ids at the first positions of every row: read once, copied to all."""
+        if ids:
+            self._pass(0, ids, 0, None)
+            for stored in (self.cache.k, self.cache.v):
+                stored[:, 1:, :, : len(ids)] = stored[:, :1, :, : len(ids)]
+
+    def _pass(self, row: int, ids: Sequence[int], start: int, watch: Watch | None) -> Outlook:
+        """One pass of PyTorch over ids at positions start.. of a row."""
+        cache = KVCache(self.cache.k[:, row : row + 1], self.cache.v[:, row : row + 1], t=start)
+        x = torch.tensor([list(ids)], device=cache.k.device)
+        return last_outlook(self.model, x, cache, watch)
 
     def _plain(self, tokens: list[int], positions: list[int], rows: Sequence[int]) -> Tensor:
         device, upto = self.cache.k.device, max(positions) + 1
@@ -109,7 +115,7 @@ class Engine:
 
 def last_outlook(model: GPT, x: Tensor, cache: KVCache | None = None, watch: Watch | None = None) -> Outlook:
     """The outlook after the last position of x (1, T): the head sees that one row only."""
-    if cache is not None and (watch is None or watch.idle) and not is_watched(model):
+    if cache is not None and watch is None and not is_watched(model):
         h = _last_hidden(model, x, cache)
     elif watch is None or not watch.lens:
         h = model.hidden(x, cache=cache, trace=None if watch is None else watch.trace)

@@ -1,8 +1,8 @@
 """Generation as a stream of documented steps: prefill once, then one position per token.
 
 It knows ids, a model and (for text) a tokenizer; no chat, no files. Everything that generates goes through
-`stream_steps`, or `batch.stream_batch` for several texts at once; the oracle both are tested against is
-`kv_cache.generate_ids_greedy_full`.
+`stream_steps`, but for `batch.greedy_replies`, which answers many prompts at once. The oracle that `stream_steps` is
+tested against is `kv_cache.generate_ids_greedy_full`.
 
 When the context is full, rolling "half" (the default) starts again from the last half of the window, so a long text
 costs one short prefill per half window. Rolling "slide" keeps the last `context` ids at every token instead: more
@@ -101,10 +101,7 @@ class Memory:
         known = len(self._ids) if len(self._ids) < len(ids) and self._ids == ids[: len(self._ids)] else 0
         fresh = ids[known:]
         self._ids = ids[:known]  # if the pass fails, no more than this is certain
-        if len(fresh) == 1 and (watch is None or watch.idle):
-            (found,) = self.engine.step([0], fresh, [known])
-        else:
-            found = self.engine.prefill(0, fresh, known, watch)
+        found = self.engine.prefill(0, fresh, known, watch)
         self._ids = ids
         self.fed += len(fresh)
         return found

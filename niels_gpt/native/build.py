@@ -6,6 +6,7 @@ sharing the home folder builds its own. Programs that start together wait for on
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import os
@@ -71,11 +72,12 @@ def _built(main: Path) -> Path:
                 with files.replacing(target) as temporary:
                     _compile(found, main, temporary)
         return target
-    except (PermissionError, OSError) as error:
+    except OSError as error:
         if isinstance(error, Timeout):
             raise
         # No place in the home folder: this process builds its own, in a folder that is the user's alone.
         own = Path(tempfile.mkdtemp(prefix="niels-gpt-")) / target.name
+        atexit.register(shutil.rmtree, own.parent, ignore_errors=True)
         _compile(found, main, own)
         return own
 

@@ -19,8 +19,8 @@ from rich.table import Table
 from niels_gpt import checkpoint as ckpt
 from niels_gpt import files, paths
 from niels_gpt.cache.pretrain import open_mix
-from niels_gpt.device import choose_precision, peak_memory, resolve_device
-from niels_gpt.eval import bits_per_byte
+from niels_gpt.device import peak_memory, resolve_device
+from niels_gpt.eval import held_out_bits
 from niels_gpt.plan.candidates import step_tokens
 from niels_gpt.plan.planning import read_plan
 from niels_gpt.plan.table import clock
@@ -32,7 +32,6 @@ from niels_gpt.train.start import TimeLimit
 
 KEPT = "plan.json"  # in the folder of a run
 LEAST_SHARE = 0.5  # of the planned training time that is trained even when preparing took all of it
-EVALUATION_ROWS = 32
 
 
 def run_planned(path: Path, *, device: str | None = None, no_resume: bool = False) -> dict[str, Any]:
@@ -83,19 +82,9 @@ def run_planned(path: Path, *, device: str | None = None, no_resume: bool = Fals
 def _bits(settings: Settings, device: str, windows: int | None, say: Say) -> float:
     """Bits per byte of held-out text of the finished model."""
     loaded = ckpt.load_model(paths.CHECKPOINT_DIR / "best.pt", device=device)
-    options = settings.training.pretrain
-    precision = choose_precision(device, options.amp, options.amp_dtype)
     name = settings.data.val_pretrain_source
     stream = open_mix(settings, loaded.tokenizer, "val", settings.model.T)[0][name]
-    found = bits_per_byte(
-        loaded.model,
-        stream,
-        loaded.tokenizer,
-        B=EVALUATION_ROWS,
-        device=device,
-        precision=precision,
-        max_windows=windows,
-    )
+    found = held_out_bits(loaded.model, stream, loaded.tokenizer, settings, max_windows=windows)
     say(f"{found.value:.4f} bits per byte of {name} ({found.text_bytes:,} bytes)")
     return found.value
 

@@ -13,7 +13,6 @@ from niels_gpt.bench.search import largest_microbatch
 @dataclass(frozen=True)
 class Seen:
     status: str
-    tokens_per_sec: float | None = None
 
 
 class Allocator:
@@ -26,7 +25,7 @@ class Allocator:
     def measure(self, rows: int) -> Seen:
         self.sizes.append(rows)
         fits = self.fixed + rows * self.each <= self.memory
-        return Seen("ok", 1000.0 * rows / (rows + 3)) if fits else Seen(self.fails_as)
+        return Seen("ok" if fits else self.fails_as)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -35,31 +34,21 @@ def test_any_limit_of_memory_gives_the_largest_that_fits_and_no_size_twice(seed:
     fixed, each, limit = rng.randrange(10**9), rng.randrange(1, 10**8), rng.randrange(1, 600)
     rows = rng.randrange(0, 2 * limit)
     device = Allocator(fixed + rows * each + rng.randrange(each), fixed, each, rng.choice(["oom", "timeout"]))
-    found = largest_microbatch(device.measure, limit)
-    assert found.largest == min(rows, limit)
+    largest = largest_microbatch(device.measure, limit)
+    assert largest == min(rows, limit)
     assert len(device.sizes) == len(set(device.sizes)) and max(device.sizes) <= limit
-    assert list(found.results) == device.sizes
-    assert found.best == found.largest  # this device only gets faster
-    if found.largest > 1:
-        assert found.largest // 2 in found.results
-
-
-def test_the_fastest_is_the_best_also_where_more_rows_fit() -> None:
-    speeds = {1: 10.0, 2: 30.0, 4: 25.0, 8: 20.0}
-    found = largest_microbatch(lambda rows: Seen("ok", speeds[rows]), 8)
-    assert (found.largest, found.best) == (8, 2)
+    assert largest <= 1 or largest // 2 in device.sizes  # it may be the faster one
 
 
 def test_the_first_size_is_one_and_a_limit_that_is_no_power_of_two_is_tried() -> None:
     device = Allocator(10**9)
-    assert largest_microbatch(device.measure, 100).largest == 100
+    assert largest_microbatch(device.measure, 100) == 100
     assert device.sizes == [1, 2, 4, 8, 16, 32, 64, 100, 50]
 
 
 def test_nothing_fits() -> None:
     device = Allocator(0)
-    found = largest_microbatch(device.measure, 256)
-    assert (found.largest, found.best, device.sizes) == (0, 0, [1])
+    assert largest_microbatch(device.measure, 256) == 0 and device.sizes == [1]
 
 
 @pytest.mark.parametrize("broken_at", [1, 4, 3])
@@ -68,7 +57,6 @@ def test_an_error_is_no_matter_of_size_and_ends_the_search(broken_at: int) -> No
 
     def measure(rows: int) -> Seen:
         sizes.append(rows)
-        return Seen("error") if rows == broken_at else Seen("ok", float(rows)) if rows < 4 else Seen("oom")
+        return Seen("error") if rows == broken_at else Seen("ok") if rows < 4 else Seen("oom")
 
-    found = largest_microbatch(measure, 64)
-    assert sizes[-1] == broken_at and found.largest < broken_at
+    assert largest_microbatch(measure, 64) < broken_at and sizes[-1] == broken_at

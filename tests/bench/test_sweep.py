@@ -148,6 +148,28 @@ def test_the_summary_ranks_by_tokens_of_a_night(machine: Machine) -> None:
     assert '"micro_B": 5' in text and "steps_8h" in text
 
 
+def test_the_fastest_size_counts_also_where_more_rows_fit(machine: Machine) -> None:
+    speeds = {1: 10.0, 2: 30.0, 4: 25.0, 5: 20.0}
+
+    def before(trial: Trial) -> Result | None:
+        if trial.micro_B > FITS:
+            return None
+        return Result(trial, "ok", 1.0, speeds[trial.micro_B], 1, PARAMETERS[trial.model.L])
+
+    machine.before = before
+    assert bench() == 0 and max(sizes(32)) > FITS
+    assert "| 32 | 32 | 1 | 2 | 64 | False | False | 2 |" in Path("out/summary.md").read_text()
+
+
+def test_devices_of_one_machine_are_not_ranked_together(machine: Machine) -> None:
+    """A Mac describes itself alike for both of its devices."""
+    assert bench() == 0
+    path, alone = Path("out/results.jsonl"), Path("out/summary.md").read_text()
+    rows = [{**row, "device": "mps", "key": f"{row['key']}m"} for row in whole_json_lines(path)]
+    path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in rows))
+    assert bench() == 0 and Path("out/summary.md").read_text() == alone
+
+
 def test_two_sweeps_do_not_share_a_folder(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     Path("out").mkdir()
     with FileLock("out/.lock"):

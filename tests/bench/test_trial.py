@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
 
@@ -42,16 +40,6 @@ def test_a_trial_that_takes_too_long_is_ended_with_all_it_has_started() -> None:
     result = run_trial(tiny_trial(steps_measure=10**6), 0.3)
     assert result.status == "timeout" and 0.3 <= result.seconds < 15
     assert not [c for c in psutil.Process().children() if module.PROGRAM in " ".join(c.cmdline())]
-
-
-def test_what_a_trial_has_started_ends_with_it() -> None:
-    script = "import subprocess, sys; subprocess.Popen(['sleep', '300']); print('on', flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stdin=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"on\n"
-        (child,) = psutil.Process(process.pid).children()
-        module.end_family(process.pid)
-    assert process.returncode == -9
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_broken_trial_is_an_error_row_with_its_configuration() -> None:

@@ -22,7 +22,7 @@ from tests.bench.trials import tiny_trial
 def test_an_allocator_with_any_limit_gives_the_largest_microbatch(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
     rows, limit = rng.randrange(0, 48), rng.randrange(1, 40)
-    real, sizes = GPT.forward, []
+    real, found = GPT.forward, list[Result]()
 
     def forward(self: GPT, x: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
         if x.shape[0] > rows and torch.is_grad_enabled():
@@ -30,14 +30,14 @@ def test_an_allocator_with_any_limit_gives_the_largest_microbatch(seed: int, mon
         return real(self, x, *args, **options)
 
     def measure(micro_B: int) -> Result:
-        sizes.append(micro_B)
-        return workload.measure(tiny_trial(micro_B))
+        found.append(workload.measure(tiny_trial(micro_B)))
+        return found[-1]
 
     monkeypatch.setattr(GPT, "forward", forward)
-    found = largest_microbatch(measure, limit)
-    assert found.largest == min(rows, limit)
+    assert largest_microbatch(measure, limit) == min(rows, limit)
+    sizes = [result.trial.micro_B for result in found]
     assert len(sizes) == len(set(sizes))
-    assert {result.status for size, result in found.results.items() if size > rows} <= {"oom"}
+    assert {result.status for result in found if result.trial.micro_B > rows} <= {"oom"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")

@@ -16,7 +16,7 @@ from niels_gpt.chat import conversation as conversation_module
 from niels_gpt.chat.conversation import _Tokens, stripped
 from niels_gpt.checkpoint import LoadedModel, load_model
 from niels_gpt.data.types import Message
-from niels_gpt.generate import Step
+from niels_gpt.infer.steps import Step
 from niels_gpt.settings import Settings
 from tests.chat.models import REPLIES
 

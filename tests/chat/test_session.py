@@ -150,6 +150,19 @@ def test_saving_without_a_name_makes_one_and_keeps_to_it(chat: Session, tmp_path
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_new_conversation_is_not_saved_over_the_one_before(chat: Session, tmp_path: Path) -> None:
+    chat.take("hi")
+    chat.take("/save a.jsonl")
+    before = (tmp_path / "a.jsonl").read_bytes()
+    chat.take("/reset")
+    chat.take("bye")
+    chat.take("/save")
+    (other,) = set(tmp_path.iterdir()) - {tmp_path / "a.jsonl"}
+    assert (tmp_path / "a.jsonl").read_bytes() == before and REPLIES["hi"] not in other.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="exists and is not of this chat"):
+        chat.take("/save a.jsonl")
+
+
 def test_what_cannot_be_saved_is_told_and_nothing_is_overwritten(chat: Session, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to save yet"):
         chat.take("/save a.jsonl")
@@ -249,3 +262,21 @@ def test_starting_from_a_file(
     assert REPLIES["hi"] in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="there is no file"):
         run_chat(loaded, build_options(None, "", temperature=0), load="gone.jsonl")
+
+
+@pytest.mark.parametrize("of_the_file", [None, "be cruel"])
+def test_a_system_prompt_that_was_asked_for_holds_for_a_loaded_conversation(
+    loaded: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    of_the_file: str | None,
+) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    opening = [] if of_the_file is None else [{"role": "system", "content": of_the_file}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [*opening, *turns]}))
+    for keep, expected in ((True, "be kind"), (False, of_the_file or "none")):
+        feed(monkeypatch, ["/system"])
+        options = build_options(None, "be kind", temperature=0)
+        assert run_chat(loaded, options, load=str(tmp_path / "a.jsonl"), keep_system=keep) == 0
+        assert f"[system prompt: {expected}]" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from niels_gpt.chat import Conversation, Span, View, answer_once, build_options
 from niels_gpt.chat.view import token_name
 from niels_gpt.checkpoint import LoadedModel, load_model
 from niels_gpt.data.types import Message
-from niels_gpt.generate import Step
+from niels_gpt.infer.steps import Step
 from niels_gpt.tokenizer import ByteTokenizer
 from tests.chat.models import REPLIES
 

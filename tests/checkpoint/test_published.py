@@ -15,9 +15,10 @@ import torch
 from niels_gpt.chat import Conversation, build_options
 from niels_gpt.chat_format import TextChat, TokenChat
 from niels_gpt.checkpoint import LoadedModel, load_model
-from niels_gpt.generate import Sampling, stream_steps
 from niels_gpt.infer.cache import cache_for
 from niels_gpt.infer.kv_cache import decode_step, generate_ids_greedy_cached, generate_ids_greedy_full, prefill
+from niels_gpt.infer.sampling import Sampling
+from niels_gpt.infer.steps import stream_steps
 from niels_gpt.tokenizer import SentencePieceTokenizer
 from tests.checkpoint.published import V1_SHAPES, V2_SHAPES, Shape, checkpoint_bytes, state_dict
 from tests.model.plain_forward import plain_forward

@@ -40,7 +40,7 @@ def fields_of(path):
 
 
 def test_all_types_of_a_new_model(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("niels_gpt.export.native.python_with_llama_cpp", lambda: None)
+    monkeypatch.setattr("niels_gpt.export.llama_cpp.python_with_llama_cpp", lambda: None)
     out = tmp_path / "out"
     assert main(["export", "gguf", "--ckpt", checkpoint("new"), "--out", str(out), "--dtype", "f32", "q8_0"]) == 0
     said = capsys.readouterr().out

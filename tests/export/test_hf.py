@@ -200,6 +200,20 @@ def test_what_is_there_is_left_alone(exported, tmp_path, capsys):
     assert "model.safetensors" in names_in(out) and names_in(tmp_path) == ["out"]
 
 
+def test_ctrl_c_leaves_an_earlier_export_and_says_so(exported, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publishing, "verify_hf", stop)
+    out = tmp_path / "out"
+    flags = ["--ckpt", str(exported("new").folder.with_suffix(".pt")), "--out", str(out)]
+    assert main(["export", "hf", *flags]) == 130 and not out.exists()
+    out.mkdir()
+    (out / publishing.RECORD).write_text("{}")
+    assert main(["export", "hf", *flags, "--overwrite"]) == 130 and names_in(out) == [publishing.RECORD]
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted; {out} is as it was"
+
+
 def test_a_missing_package_names_the_extra(exported, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     checkpoint = str(exported("new").folder.with_suffix(".pt"))

@@ -70,6 +70,19 @@ def test_a_second_generation_brings_its_tokenizer(
         assert f"needs its tokenizer (sha256 {sha})" in here.said and told in here.said
 
 
+def test_a_tokenizer_that_did_not_come_is_brought_by_the_next_download(
+    here: Here, hub: LoopbackHub, tiny_tokenizer: SentencePieceTokenizer, faulty: list[Fault]
+) -> None:
+    published = checkpoint_bytes("v2", V2_SHAPES[1], tokenizer_sha256=tiny_tokenizer.sha256)
+    hub.publish("some/two", {"best.pt": published, "spm.model": tiny_tokenizer.model_bytes}, kind="model")
+    faulty.append(Fault("status", "spm.model", code=403, method="HEAD"))
+    assert here.download("--repo", "some/two") == 1 and "spm.model" in here.error() and here.names() == ["best.pt"]
+    assert here.download("--repo", "some/two") == 0 and "its tokenizer did not come" in here.said
+    faulty.clear()
+    assert here.download("--repo", "some/two") == 0 and here.names() == ["best.pt", "spm.model"]
+    assert load_model(here.best, device="cpu").tokenizer.sha256 == tiny_tokenizer.sha256
+
+
 @pytest.mark.parametrize(
     "fault",
     [

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from niels_gpt import files
 from niels_gpt.checkpoint import load_checkpoint, load_model
+from niels_gpt.hub import upload
 from niels_gpt.settings import resolve_settings
 from niels_gpt.tokenizer import SentencePieceTokenizer
 from tests.checkpoint.published import V2_SHAPES, checkpoint_bytes
@@ -70,6 +72,41 @@ def test_a_checkpoint_goes_up_and_comes_back(here: Here, hub: LoopbackHub, mine:
     assert here.download("--repo", "me/small", "--file", "mine.pt") == 0
     loaded = load_model(here.folder / "checkpoints/mine.pt", device="cpu")
     assert loaded.step == 77 and loaded.settings is not None
+
+
+def altered(mine: Path, name: str, phase: str | None, **data: object) -> Path:
+    """The same checkpoint, as if a run of this phase and with these settings of the data had made it."""
+    content = torch.load(mine, weights_only=True)
+    content["train_cfg"]["_settings_meta"]["phase"] = phase
+    content["resume"]["settings"]["data"].update(data)
+    torch.save(content, mine.with_name(name))
+    return mine.with_name(name)
+
+
+def test_the_card_lists_what_the_phase_has_read(here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]) -> None:
+    mixes = {"mix_pretrain": {"chitchat": 0.97, "primer": 0.03}, "mix_sft": {"primer": 0.95, "oasst1": 0.05}}
+    for phase in ("pretrain", "sft"):
+        altered(mine, f"{phase}.pt", phase, replay_pretrain=0.75, **mixes)
+        assert here.upload("--checkpoint", f"{phase}.pt", "--repo", f"me/{phase}") == 0, here.said
+    pretrained, tuned = (published(hub, f"me/{phase}")[CARD].decode() for phase in ("pretrain", "sft"))
+    assert "| pretraining | 97% | chitchat" in pretrained and "| pretraining | 97% | chitchat" in tuned
+    assert "fine-tuning" not in pretrained and "oasst1" not in pretrained and "Apache" not in pretrained
+    rows = [line.split(":")[0] for line in tuned.splitlines() if line.startswith("| fine-tuning")]
+    shares = ("73% | chitchat", "26% | primer", "1% | oasst1")  # a quarter of the chats, three quarters of the text
+    assert rows == [f"| fine-tuning | {share}" for share in shares]
+    assert "- OpenAssistant/oasst1" in tuned.split("---")[1]
+
+
+def test_chats_of_ones_own_count_only_where_they_were_read(
+    here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]
+) -> None:
+    own = {"mix_pretrain": {"chitchat": 1.0}, "mix_sft": {"jsonl": 1.0}}
+    altered(mine, "pretrain.pt", "pretrain", **own)
+    assert here.upload("--checkpoint", "pretrain.pt", "--repo", "me/before") == 0, here.said
+    for phase in ("sft", None):  # None: it does not say, so all that it may have read counts
+        altered(mine, "sft.pt", phase, **own)
+        assert here.upload("--checkpoint", "sft.pt", "--repo", "me/after") == 1
+        assert "learned from texts of your own (jsonl)" in here.error()
 
 
 def test_the_card_says_what_is_known(here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]) -> None:
@@ -159,6 +196,54 @@ def test_what_is_wrong_with_an_upload_is_one_line(
     assert here.upload("--checkpoint", "mine.pt", "--repo", "me/y") == 0 and "mine.pt" in published(hub, "me/y")
 
 
+@pytest.mark.parametrize(
+    ("stopped_in", "told"),
+    [
+        ("load_checkpoint", "stopped; nothing was published"),
+        ("ask 0", "stopped; me/w may have been made on the hub, but nothing was published in it"),
+        ("ask 2", "stopped; me/w is there, and all of the files are in it or none; the same command publishes them"),
+        ("_compare", "stopped; it is published as URL, but was not compared with what is here"),
+    ],
+)
+def test_what_ctrl_c_says_is_true(
+    stopped_in: str, told: str, mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = iter(range(9))
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def answer(*_: object) -> SimpleNamespace:
+        if stopped_in == f"ask {next(asked)}":
+            stop()
+        return SimpleNamespace(private=False, commit_url="URL", oid="1")
+
+    monkeypatch.setattr(upload, "patiently", answer)
+    monkeypatch.setattr(upload, "_has_own_card", lambda repo: False)
+    if not stopped_in.startswith("ask"):
+        monkeypatch.setattr(upload, stopped_in, stop)
+    assert upload.main(["--checkpoint", str(mine), "--repo", "me/w"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == told
+
+
+def test_metrics_cut_by_a_power_cut_are_read(here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]) -> None:
+    log = here.folder / "runs/run-1/metrics.jsonl"
+    log.write_text(log.read_text() + '{"phase": "sft", "kind": "eval", "losses": {"sft": 1.0}}\n{"phase": "sft", "ki')
+    assert here.upload("--checkpoint", "mine.pt", "--repo", "me/cut") == 0, here.said
+    assert "sft step 77 | 2.885 bits per token" in published(hub, "me/cut")[CARD].decode()
+    flags = ("--checkpoint", "mine.pt", "--repo", "me/cut", "--metrics", "gone.jsonl")
+    assert here.upload(*flags) == 1 and "there are no metrics at gone.jsonl" in here.error()
+
+
+def test_without_a_name_the_best_model_of_this_folder_goes_up(
+    here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]
+) -> None:
+    assert here.upload("--repo", "me/best") == 1 and "there is no checkpoint at checkpoints/best.pt" in here.error()
+    assert hub.requests == []
+    files.write_bytes(here.folder / "checkpoints/best.pt", mine.read_bytes())
+    assert here.upload("--repo", "me/best") == 0 and set(published(hub, "me/best")) == {"best.pt", CARD}
+
+
 def test_what_arrives_otherwise_is_noticed(here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]) -> None:
     assert here.upload("--checkpoint", "mine.pt", "--repo", "me/z") == 0
     whole, real = hub.publish, hub.publish
@@ -177,9 +262,7 @@ def test_what_arrives_otherwise_is_noticed(here: Here, hub: LoopbackHub, mine: P
 def test_texts_of_ones_own_are_published_only_on_request(
     here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]
 ) -> None:
-    content = torch.load(mine, weights_only=True)
-    content["resume"]["settings"]["data"]["mix_pretrain"] = {"roam": 0.5, "wikitext": 0.5}
-    torch.save(content, here.folder / "own.pt")
+    altered(mine, "own.pt", "sft", mix_pretrain={"roam": 0.5, "wikitext": 0.5})
     flags = ("--checkpoint", "own.pt", "--repo", "me/own")
     assert here.upload(*flags) == 1 and "learned from texts of your own (roam)" in here.error() and not hub.requests
     assert here.upload(*flags, "--private") == 0 and "me/own" in hub.private

@@ -1,18 +1,18 @@
-"""Many texts at once are the texts that each request gets alone."""
+"""Many prompts at once get the replies that each gets alone."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from niels_gpt.config import NEW, V1, V2, Architecture
-from niels_gpt.generate import Request, Sampling, stream_batch, stream_steps
-from niels_gpt.infer.batch import greedy_replies
+from niels_gpt.infer.batch import greedy_replies, shared_beginning
 from niels_gpt.infer.engine import Engine
+from niels_gpt.infer.sampling import Sampling
+from niels_gpt.infer.steps import stream_steps
 from niels_gpt.model.gpt import GPT
-from niels_gpt.native import build
 from niels_gpt.tokenizer import ByteTokenizer
 from tests.varied import random_ids, varied_model
 
@@ -41,79 +41,67 @@ def test_lengths_stops_and_bans() -> None:
     assert model.training
 
 
-def mixed(i: int, sampling: Sampling = GREEDY) -> Request:
-    """The i-th of requests that differ in everything; some outgrow a context of 32."""
-    return Request(
-        random_ids(1 + i * 7 % 40, 61, seed=i),
-        max_new_tokens=(3, 11, 24, 50)[i % 4],
-        sampling=sampling,
-        generator=torch.Generator().manual_seed(i),
-        stop_ids={i % 61, (i * 5) % 61} if i % 3 else set(),
-        banned_ids=(i % 7, 10 + i % 9),
-    )
-
-
-def run_alone(model: GPT, request: Request, **options: Any) -> list[Any]:
-    fields = {name: getattr(request, name) for name in request.__dataclass_fields__}
-    return list(stream_steps(model, fields.pop("prompt_ids"), **fields, **options))
-
-
-@pytest.mark.skipif(build.compiler() is None, reason="only the native decoder promises the same bits")
-@pytest.mark.parametrize("arch", [V1, V2, NEW], ids=["v1", "v2", "new"])
-def test_64_mixed_requests_get_exactly_what_each_gets_alone(arch: Architecture) -> None:
-    model = varied_model(arch)
-    expected = [run_alone(model, mixed(i), top_n=2) for i in range(64)]
-    for max_rows in (64, 5):
-        found: list[list[Any]] = [[] for _ in range(64)]
-        for i, step in stream_batch(model, [mixed(i) for i in range(64)], max_rows=max_rows, top_n=2):
-            found[i].append(step)
-        assert found == expected  # ids, log-probabilities, entropies and alternatives, to the bit
-    assert len({len(steps) for steps in expected}) > 5
-    assert sum(len({s.token_id for s in steps}) > 4 for steps in expected) > 20
-
-
+@pytest.mark.parametrize("rows", [64, 2])
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, 20, 0.95, 1.2), Sampling(1.3, min_p=0.05)])
-def test_every_request_keeps_its_own_sampling_and_seed(sampling: Sampling, native: bool) -> None:
-    model = varied_model()
-    requests = [mixed(i, sampling if i % 2 else Sampling(1.0)) for i in range(12)]
-    found: list[list[int]] = [[] for _ in requests]
-    for i, step in stream_batch(model, requests, max_rows=4, native=native):
-        found[i].append(step.token_id)
-    again = [mixed(i, sampling if i % 2 else Sampling(1.0)) for i in range(12)]
-    assert found == [[s.token_id for s in run_alone(model, r)] for r in again]
+def test_what_all_prompts_begin_with_is_read_once(rows: int, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, beginning, read = varied_model(), random_ids(9, 61, seed=1), []
+    whole, one_pass = Engine.__init__, Engine._pass
 
+    def engine(self: Engine, *args: Any, **options: Any) -> None:
+        whole(self, *args, **options, native=native)
 
-def test_text_comes_with_each_step() -> None:
-    model, tokenizer = varied_model(V=256), ByteTokenizer()
-    requests = [Request([65 + i], 9, Sampling(3.0), torch.Generator().manual_seed(i)) for i in range(3)]
-    texts, ids = ["", "", ""], list[list[int]]([[], [], []])
-    for i, step in stream_batch(model, requests, tokenizer=tokenizer):
-        texts[i] += step.text
-        ids[i].append(step.token_id)
-    assert texts == [tokenizer.decode(row) for row in ids]
+    def counted(self: Engine, row: int, ids: Sequence[int], start: int, watch: None) -> Any:
+        read.append(len(ids))
+        return one_pass(self, row, ids, start, watch)
 
-
-def test_nothing_asked_is_nothing_done() -> None:
-    model = varied_model()
-    assert list(stream_batch(model, [])) == []
-    assert [i for i, _ in stream_batch(model, [Request([1], 0, GREEDY), Request([1], 2, GREEDY)])] == [1, 1]
+    prompts = [beginning + random_ids(n, 61, seed=n) for n in (3, 5, 1, 8, 12)]
+    expected = [alone(model, p, 10, set(), ()) for p in prompts]
+    monkeypatch.setattr(Engine, "__init__", engine)
+    monkeypatch.setattr(Engine, "_pass", counted)
+    assert greedy_replies(model, prompts, max_new_tokens=10, stop_ids=set(), max_rows=rows) == expected
+    assert read[0] == 9 and sorted(n for n in read[1:] if n > 1) == [3, 5, 8, 12]
+    assert len({token for reply in expected for token in reply}) > 10
 
 
 @pytest.mark.parametrize(
-    ("request_", "message"),
+    ("texts", "shared"),
     [
-        (Request([], 1, GREEDY), "no tokens"),
-        (Request([61], 1, GREEDY), "prompt id 61"),
-        (Request([1], -1, GREEDY), "max_new_tokens"),
-        (Request([1], 1, GREEDY, banned_ids=[99]), "banned"),
+        ([[1, 2, 3], [1, 2, 4, 5]], [1, 2]),
+        ([[1, 2], [1, 2, 3]], [1]),  # one id of each is left to read
+        ([[1, 2], [1, 2]], [1]),
+        ([[1], [1, 2]], []),
+        ([[1, 2], [2, 2]], []),
+        ([[1, 2, 3]], []),
+        ([], []),
     ],
 )
-def test_bad_requests_fail_at_the_call(request_: Request, message: str) -> None:
+def test_the_shared_beginning(texts: list[list[int]], shared: list[int]) -> None:
+    assert shared_beginning(texts) == shared
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_never_chosen() -> None:
+    model, prompts = varied_model(V=300), [[65 + i] for i in range(6)]
+    free = greedy_replies(model, prompts, max_new_tokens=8, stop_ids=())
+    known = greedy_replies(model, prompts, max_new_tokens=8, stop_ids=(), tokenizer=ByteTokenizer())
+    assert max(token for reply in free for token in reply) >= 256 > max(token for reply in known for token in reply)
+    for ids in known:
+        ByteTokenizer().decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "no tokens"),
+        ([61], {}, "prompt id 61"),
+        ([1], {"max_new_tokens": -1}, "max_new_tokens"),
+        ([1] * 33, {}, "longer than the 32 positions"),
+        ([1], {"banned_ids": [99]}, "banned"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(prompt: list[int], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        stream_batch(varied_model(), [Request([1], 1, GREEDY), request_])
-    with pytest.raises(ValueError, match="max_rows"):
-        stream_batch(varied_model(), [], max_rows=0)
+        greedy_replies(varied_model(), [[1], prompt], **{"max_new_tokens": 1, "stop_ids": (), **options})
+    assert greedy_replies(varied_model(), [], max_new_tokens=1, stop_ids=()) == []
 
 
 def test_plain_pytorch_leaves_idle_rows_alone() -> None:

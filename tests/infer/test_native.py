@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import os
 import platform
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -290,9 +293,16 @@ class TestBuild:
     ) -> None:
         fresh_build.parent.joinpath("file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(fresh_build.parent / "file"))
+        monkeypatch.setattr(tempfile, "tempdir", str(fresh_build.parent))
+        at_the_end: list[Callable[[], object]] = []
+        monkeypatch.setattr(atexit, "register", lambda f, *a, **k: at_the_end.append(functools.partial(f, *a, **k)))
         if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
             monkeypatch.setattr(build, "NATIVE", "-march=haswell")  # AVX2 without AVX512
         check_parity()
+        assert list(fresh_build.parent.glob("niels-gpt-*/*.so"))
+        for leave in at_the_end:
+            leave()
+        assert [p.name for p in fresh_build.parent.iterdir()] == ["file"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

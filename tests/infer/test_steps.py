@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from niels_gpt.config import NEW, V1, V2, Architecture
-from niels_gpt.generate import Memory, Sampling, Step, stream_steps
-from niels_gpt.infer.sampling import shape
+from niels_gpt.infer.sampling import Sampling, shape
+from niels_gpt.infer.steps import Memory, Step, stream_steps
 from niels_gpt.model.gpt import GPT
 from tests.varied import random_ids, varied_model
 

@@ -38,15 +38,18 @@ def python_with_llama_cpp() -> str | None:
 def ask(python: str, question: dict[str, Any]) -> dict[str, Any]:
     """Put a question to `llama_cpp_probe`, whose docstring tells its form; ValueError if llama.cpp fails."""
     with tempfile.TemporaryDirectory() as elsewhere:  # and as text: nothing here may pass for a module of that Python
-        done = subprocess.run(
-            [python, "-c", PROBE.read_text(encoding="utf-8")],
-            input=json.dumps(question),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=SECONDS,
-            cwd=elsewhere,
-        )
+        try:
+            done = subprocess.run(
+                [python, "-c", PROBE.read_text(encoding="utf-8")],
+                input=json.dumps(question),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=SECONDS,
+                cwd=elsewhere,
+            )
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"llama.cpp did not answer about the file within {SECONDS:g} s") from None
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it crashed"])[-1]
         raise ValueError(f"llama.cpp cannot use the file: {reason}")
@@ -61,7 +64,7 @@ def compare(python: str, path: Path, loaded: LoadedModel, rows: int = samples.RO
     """
     texts, render = gguf_texts(loaded), renderer(template_for(loaded))
     chats = samples.conversations(texts)
-    rendered = [render([{"role": m.role, "content": m.content} for m in chat], True) for chat in chats]
+    rendered = [render([{"role": m.role, "content": m.content} for m in chat]) for chat in chats]
     ids = samples.rows(loaded.model.cfg)[:rows]
     with tempfile.TemporaryDirectory() as folder:
         logits = Path(folder) / "logits.npy"
@@ -78,7 +81,7 @@ def compare(python: str, path: Path, loaded: LoadedModel, rows: int = samples.RO
     read = dict(zip(texts, answer["texts"], strict=True))
     same_ids(loaded.tokenizer, texts, read.__getitem__)
     answers = iter(answer["chats"])
-    same_chats(loaded, chats, lambda messages, reply: next(answers))
+    same_chats(loaded, chats, lambda messages: next(answers))
     if found is None:
         return 0.0
     with torch.no_grad():
