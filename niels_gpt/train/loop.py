@@ -77,8 +77,7 @@ class Loop:
         if source is None:
             return model, None
         loaded = self.world.from_main(lambda: ckpt.load_checkpoint(source, device="cpu"))
-        ckpt.validate_model_config_match(loaded["model_cfg"], self.job.resolved.model_cfg)
-        model.load_state_dict(ckpt.build_model(loaded).state_dict())
+        ckpt.load_into(model, loaded)
         return model, loaded
 
     def _budget(self, spent: float) -> Budget:

@@ -204,9 +204,10 @@ def test_auto_resume_looks_at_its_own_phase_only(world: dict[str, Any], capsys: 
     assert "resumed from" not in capsys.readouterr().out
     run_pretrain(world, device="cpu", resume_path="elsewhere/latest.pt")
     assert "resumed from elsewhere/latest.pt" in capsys.readouterr().out
-    world["model"]["C"] = 16
-    with pytest.raises(ValueError, match=r"C \(checkpoint 32, settings 16\)"):
-        run_pretrain(world, device="cpu", resume_path="elsewhere/latest.pt")
+    for name, value, before in (("qk_norm", False, True), ("C", 16, 32)):
+        changed = {**world, "model": {**world["model"], name: value}}
+        with pytest.raises(ValueError, match=rf"model\.{name} \(checkpoint {before}, settings {value}\)$"):
+            run_pretrain(changed, device="cpu", resume_path="elsewhere/latest.pt")
 
 
 def test_a_damaged_latest_falls_back_loudly(world: dict[str, Any], capsys: Any) -> None:
