@@ -28,6 +28,7 @@ from niels_gpt.train.loop import Interrupted
 from niels_gpt.train.prepare import compile_kernels, make_caches, make_tokenizer, set_other_runs_aside, step
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.sft import run_sft
+from niels_gpt.train.start import pretrained_model
 
 SMALLEST_BUDGET = 0.05  # minutes
 
@@ -106,7 +107,7 @@ def train_both(plan: Plan, console: Console) -> dict[str, dict[str, Any]]:
     console.print(f"[3/5 pretraining] {budgets['pretrain']:.2f} minutes", markup=False)
     pretrain = run_pretrain(plan.overrides)
     console.print(f"[4/5 fine-tuning] {budgets['sft']:.2f} minutes", markup=False)
-    sft = run_sft(plan.overrides, init_model_path=ckpt.phase_paths("pretrain").best)
+    sft = run_sft(plan.overrides, init_model_path=pretrained_model())
     return {"pretrain": pretrain, "sft": sft}
 
 

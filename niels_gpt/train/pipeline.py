@@ -14,7 +14,7 @@ from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.saving import Origin
 from niels_gpt.train.sft import run_sft
-from niels_gpt.train.start import TimeLimit
+from niels_gpt.train.start import TimeLimit, pretrained_model
 
 Config = Path | Mapping[str, Any]
 KEYS = {"pretrain_config_path", "sft_config_path"}
@@ -117,12 +117,3 @@ def sft_is_under_way() -> bool:
     if not record.get("origin") or record.get("is_finished", True):
         return False
     return Origin(**record["origin"]).is_still_there()
-
-
-def pretrained_model() -> Path:
-    """The checkpoint fine-tuning starts from: pretraining's best, else its latest."""
-    found = ckpt.phase_paths("pretrain")
-    for path in (found.best, found.latest):
-        if path.is_file():
-            return path
-    raise RuntimeError(f"pretraining left no checkpoint in {found.step_dir}; run --phase pretrain first")

@@ -172,7 +172,7 @@ def run_phase(
     limit: TimeLimit | None = None,
     world: World = ALONE,
 ) -> None:
-    """Run one phase, or pretraining and then fine-tuning from its best checkpoint."""
+    """Run one phase, or both; fine-tuning starts from what pretraining has left here."""
     options: dict[str, Any] = {
         "device": device,
         "resume_path": resume,
@@ -180,6 +180,8 @@ def run_phase(
         "limit": limit,
         "world": world,
     }
+    if phase == "sft":
+        options["from_pretrained"] = True
     {"pretrain": run_pretrain, "sft": run_sft, "pipeline": run_pipeline}[phase](config, **options)
 
 

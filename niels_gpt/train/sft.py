@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from niels_gpt import checkpoint as ckpt
 from niels_gpt.batching import Batch, TokenStream
 from niels_gpt.cache.chat_rows import ChatRows, as_chat_row
 from niels_gpt.cache.format import SftExamples, open_pretrain
 from niels_gpt.cache.sft import open_mix
+from niels_gpt.checkpoint.loaded import recorded_tokenizer
 from niels_gpt.epochs import TextRows
 from niels_gpt.eval import token_byte_lengths
 from niels_gpt.mixes import open_mixes
@@ -23,7 +25,16 @@ from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import stream_eval
 from niels_gpt.train.report import reporter_for
 from niels_gpt.train.sample import sampler_for
-from niels_gpt.train.start import Overrides, Start, TimeLimit, eval_shape, fingerprint, start_phase, weighted_metric
+from niels_gpt.train.start import (
+    Overrides,
+    Start,
+    TimeLimit,
+    eval_shape,
+    fingerprint,
+    pretrained_model,
+    start_phase,
+    weighted_metric,
+)
 
 PHASE = "sft"
 TEXT = "text/"  # before the names of replayed sources
@@ -36,26 +47,30 @@ def run_sft(
     resume_path: str | Path | None = None,
     no_auto_resume: bool = False,
     init_model_path: str | Path | None = None,
+    from_pretrained: bool = False,
     limit: TimeLimit | None = None,
     quiet: bool = False,
     world: World = ALONE,
 ) -> dict[str, Any]:
-    """Fine-tune on chats; `init_model_path` gives the weights of a fresh run (optimizer, step and best start anew).
+    """Fine-tune on chats.
 
-    Returns `TrainResult.record`, last_val_pretrain_loss and last_val_sft_loss.
+    A fresh run has the weights of `init_model_path`; without it but with `from_pretrained`, those that pretraining left
+    here, if they fit; else random ones. Returns `TrainResult.record`, last_val_pretrain_loss and last_val_sft_loss.
     """
     start = start_phase(
         PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit, world=world
     )
     job = sft_job(start)
-    init = Path(init_model_path) if init_model_path is not None and start.resume is None else None
     reporter = reporter_for(start.world, PHASE, start.resolved.run_id, quiet=quiet)
+    init = None
     if start.resume is not None:
         reporter.say(f"resumed from {start.resume}")
-    elif init is not None:
-        reporter.say(f"sft init from {init}")
     else:
-        reporter.warn("fine-tuning starts from random weights; run the pretrain phase or the pipeline first")
+        init, why = _first_weights(start, init_model_path, from_pretrained)
+        if init is not None:
+            reporter.say(f"sft init from {init}")
+        else:
+            reporter.warn(f"fine-tuning starts from random weights: {why}")
     try:
         result = train(job, device=start.device, reporter=reporter, resume=start.resume, init=init)
     finally:
@@ -63,6 +78,28 @@ def run_sft(
     losses = {name: evaluated.loss for name, evaluated in result.last_evals.items()}
     last = {f"last_val_{name}_loss": losses.get(name) for name in ("pretrain", "sft")}
     return {**result.record(), **last}
+
+
+def _first_weights(start: Start, asked: str | Path | None, from_pretrained: bool) -> tuple[Path | None, str]:
+    """The checkpoint whose weights a fresh run begins with; None, and the reason, for random ones."""
+    if asked is not None:
+        return Path(asked), ""
+    return start.world.from_main(lambda: _pretrained(start)) if from_pretrained else (None, "no other ones are given")
+
+
+def _pretrained(start: Start) -> tuple[Path | None, str]:
+    try:
+        path = pretrained_model()
+    except RuntimeError as error:
+        return None, str(error)
+    loaded = ckpt.load_checkpoint(path, device="cpu")
+    if recorded_tokenizer(loaded) not in (None, start.tokenizer.sha256):
+        return None, f"{path} was trained with another tokenizer"
+    try:
+        ckpt.check_same_model(loaded, start.resolved.model_cfg, start.resolved.arch)
+    except ValueError as error:
+        return None, f"{path} does not fit: {error}"
+    return path, ""
 
 
 def sft_job(start: Start) -> Job:

@@ -123,6 +123,24 @@ def find_resume(phase: str, resume_path: str | Path | None, no_auto_resume: bool
     return None if no_auto_resume else ckpt.newest_good(phase)
 
 
+def pretrained_model() -> Path:
+    """The checkpoint fine-tuning starts from: pretraining's best, or its newest where the best is of an older run.
+
+    RuntimeError if there is none.
+    """
+    found, newest = ckpt.phase_paths("pretrain"), ckpt.newest_good("pretrain")
+    if found.best.is_file() and (newest is None or _run_of(found.best) == _run_of(newest)):
+        return found.best
+    if newest is None:
+        raise RuntimeError(f"pretraining left no checkpoint in {found.step_dir}; run --phase pretrain first")
+    return newest
+
+
+def _run_of(path: Path) -> str | None:
+    run_id: str | None = (ckpt.load_checkpoint(path, device="cpu")["resume"] or {}).get("run_id")
+    return run_id
+
+
 def fingerprint(root: str | Path, sources: Iterable[str]) -> dict[str, str]:
     """sha256 of each source's meta.json, which itself holds the sha256 of every shard."""
     metas = {name: Path(root) / name / "meta.json" for name in sorted(sources)}

@@ -12,8 +12,10 @@ import pytest
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.train.loop import Interrupted, Loop
 from niels_gpt.train.pipeline import run_pipeline, shares
+from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.run import main
-from niels_gpt.train.start import TimeLimit
+from niels_gpt.train.saving import Origin
+from niels_gpt.train.start import TimeLimit, pretrained_model
 from tests.train import workshop
 
 
@@ -89,3 +91,44 @@ def test_print_config_shows_the_shares(pipeline: Path, capsys: pytest.CaptureFix
     shown = json.loads(capsys.readouterr().out)
     assert shown["pretrain"]["training"]["pretrain"]["minutes"] == pytest.approx(18)
     assert shown["sft"]["training"]["sft"]["minutes"] == pytest.approx(2)
+
+
+def fine_tune(config: dict[str, Any], *flags: str) -> dict[str, Any]:
+    """One step of `--phase sft`; the record it leaves."""
+    config["training"]["sft"] |= {"total_steps": 1, "warmup_steps": 0}
+    Path("sft.json").write_text(json.dumps(config))
+    assert main(["--phase", "sft", "--config", "sft.json", "--device", "cpu", *flags]) == 0
+    return record("sft")
+
+
+def test_fine_tuning_alone_starts_from_what_pretraining_left(
+    world: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fine_tune(world)["origin"] is None
+    said = capsys.readouterr().err
+    assert "fine-tuning starts from random weights: pretraining left no checkpoint in checkpoints/pretrain" in said
+    best = run_pretrain(world, device="cpu", quiet=True)["best_path"]
+    assert fine_tune(world)["origin"] is None  # it goes on with its own
+    assert "resumed from checkpoints/sft/latest.pt" in capsys.readouterr().out
+    assert fine_tune(world, "--no-resume")["origin"] == vars(Origin.of(best, ckpt.load_checkpoint(best, device="cpu")))
+    assert f"sft init from {best}" in capsys.readouterr().out
+    world["model"]["T"] = workshop.T // 2
+    assert fine_tune(world, "--no-resume")["origin"] is None
+    expected = (
+        f"random weights: {best} does not fit: the checkpoint's model differs from the settings in model.T (checkpo"
+    )
+    assert expected in capsys.readouterr().err
+
+
+def test_the_best_of_an_older_run_is_not_fine_tuned(world: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match="pretraining left no checkpoint in checkpoints/pretrain; run --phase pret"):
+        pretrained_model()
+    world["training"]["pretrain"] |= {"total_steps": 1, "warmup_steps": 0}
+    run_pretrain(world, device="cpu", quiet=True)
+    found = ckpt.phase_paths("pretrain")
+    assert pretrained_model() == found.best
+    world["training"]["pretrain"] |= {"save_best": False}
+    run_pretrain(world, device="cpu", quiet=True, no_auto_resume=True)
+    assert found.best.is_file() and pretrained_model() == found.latest
+    found.best.unlink()
+    assert pretrained_model() == found.latest
