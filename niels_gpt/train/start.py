@@ -109,8 +109,13 @@ def prepare_process(settings: Settings) -> None:
 def _run_id_and_flags(phase: str, resume: Path | None, limit: TimeLimit) -> tuple[str, dict[str, Any]]:
     """What a checkpoint to go on from decides: the run it belongs to, and how much of the time limit is used."""
     record = (ckpt.load_checkpoint(resume, device="cpu")["resume"] if resume is not None else None) or {}
-    kept = record.get("run_id") if record.get("phase") == phase else None
-    return kept or new_run_id(), limit.flags(phase, float(record.get("elapsed_s", 0.0)))
+    own = record if is_of_phase(record, phase) else {}
+    return own.get("run_id") or new_run_id(), limit.flags(phase, float(own.get("elapsed_s", 0.0)))
+
+
+def is_of_phase(record: Mapping[str, Any], phase: str) -> bool:
+    """Whether a checkpoint's `resume` record was saved by this phase; one that does not say counts as such."""
+    return bool(record.get("phase", phase) == phase)
 
 
 def find_resume(phase: str, resume_path: str | Path | None, no_auto_resume: bool) -> Path | None:
