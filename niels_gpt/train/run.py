@@ -25,11 +25,11 @@ from niels_gpt.plan.running import run_planned
 from niels_gpt.settings import PHASES, resolve_settings
 from niels_gpt.train.distributed import ALONE, MainFailed, World, joined
 from niels_gpt.train.loop import Interrupted
-from niels_gpt.train.pipeline import pipeline_configs, run_pipeline, shares
+from niels_gpt.train.pipeline import budget_shares, pipeline_configs, run_pipeline
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.sft import run_sft
 from niels_gpt.train.signals import leaving_on_signals
-from niels_gpt.train.start import TimeLimit
+from niels_gpt.train.start import TimeLimit, spent_seconds
 
 LONGEST = 525600  # minutes: a year
 
@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
             device = resolve_device(args.device)
             if args.print_config:
                 print(f"using device: {device}", file=sys.stderr)
-                print(json.dumps(resolved_configs(args.phase, config, limit), indent=2, sort_keys=True))
+                first = "sft" if args.phase == "sft" else "pretrain"
+                spent = spent_seconds(first, args.resume, args.no_resume)
+                print(json.dumps(resolved_configs(args.phase, config, limit, spent), indent=2, sort_keys=True))
                 return 0
             with joined(device) as world:
                 if world.is_main:
@@ -150,14 +152,15 @@ def profile_path(name: str) -> Path:
     raise ValueError(f"unknown profile {name!r}; profiles are {', '.join(profiles())}")
 
 
-def resolved_configs(phase: str, config: Path, limit: TimeLimit) -> dict[str, Any]:
-    """The settings `--print_config` shows; nothing is written."""
+def resolved_configs(phase: str, config: Path, limit: TimeLimit, spent: float) -> dict[str, Any]:
+    """The settings `--print_config` shows, of a run that has used `spent` seconds before; nothing is written."""
     if phase != "pipeline":
-        return resolve_settings(phase, config, flags=limit.flags(phase)).settings.model_dump(mode="json")
+        return resolve_settings(phase, config, flags=limit.flags(phase, spent)).settings.model_dump(mode="json")
     configs = dict(zip(PHASES, pipeline_configs(config), strict=True))
-    limits = shares(limit, configs["pretrain"])
+    limits = budget_shares(limit, configs["pretrain"], spent)
+    flags = {"pretrain": limits["pretrain"].flags("pretrain", spent), "sft": limits["sft"].flags("sft")}
     return {
-        name: resolve_settings(name, path, flags=limits[name].flags(name)).settings.model_dump(mode="json")
+        name: resolve_settings(name, path, flags=flags[name]).settings.model_dump(mode="json")
         for name, path in configs.items()
     }
 

@@ -108,9 +108,14 @@ def prepare_process(settings: Settings) -> None:
 
 def _run_id_and_flags(phase: str, resume: Path | None, limit: TimeLimit) -> tuple[str, dict[str, Any]]:
     """What a checkpoint to go on from decides: the run it belongs to, and how much of the time limit is used."""
-    record = (ckpt.load_checkpoint(resume, device="cpu")["resume"] if resume is not None else None) or {}
-    own = record if is_of_phase(record, phase) else {}
-    return own.get("run_id") or new_run_id(), limit.flags(phase, float(own.get("elapsed_s", 0.0)))
+    record = record_of(phase, resume)
+    return record.get("run_id") or new_run_id(), limit.flags(phase, float(record.get("elapsed_s", 0.0)))
+
+
+def record_of(phase: str, checkpoint: Path | None) -> dict[str, Any]:
+    """The `resume` record of a checkpoint; {} without one, and for what another phase has saved."""
+    found = (ckpt.load_checkpoint(checkpoint, device="cpu")["resume"] if checkpoint is not None else None) or {}
+    return found if is_of_phase(found, phase) else {}
 
 
 def is_of_phase(record: Mapping[str, Any], phase: str) -> bool:
@@ -126,6 +131,11 @@ def find_resume(phase: str, resume_path: str | Path | None, no_auto_resume: bool
             raise FileNotFoundError(f"cannot resume: there is no checkpoint at {path}")
         return path
     return None if no_auto_resume else ckpt.newest_good(phase)
+
+
+def spent_seconds(phase: str, resume_path: str | Path | None, no_auto_resume: bool) -> float:
+    """Seconds that earlier sessions have used of the run that a phase would go on with; 0 for a fresh one."""
+    return float(record_of(phase, find_resume(phase, resume_path, no_auto_resume)).get("elapsed_s", 0.0))
 
 
 def pretrained_model() -> Path:
