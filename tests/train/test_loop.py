@@ -19,11 +19,12 @@ from niels_gpt import checkpoint as ckpt
 from niels_gpt.batching import Batch
 from niels_gpt.cache.pretrain import build_pretrain
 from niels_gpt.checkpoint import format as checkpoint_format
+from niels_gpt.command import Interrupted
 from niels_gpt.eval import EvalResult
 from niels_gpt.model.loss import IGNORED
 from niels_gpt.settings import SftPhaseSettings, validate_overrides
 from niels_gpt.tokenizer import SentencePieceTokenizer
-from niels_gpt.train.loop import Interrupted, train
+from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import pretrain_job, run_pretrain
 from niels_gpt.train.report import Reporter
 from niels_gpt.train.run import main
@@ -141,7 +142,7 @@ def test_ids_beyond_the_vocabulary_are_named(world: dict[str, Any]) -> None:
         loop.train_step(0)
 
 
-def test_a_signal_saves_at_the_next_step_and_says_how_to_go_on(world: dict[str, Any]) -> None:
+def test_a_signal_saves_at_the_next_step(world: dict[str, Any]) -> None:
     start = start_phase("pretrain", world, device="cpu", resume_path=None, no_auto_resume=True)
     job = pretrain_job(start)
     draw = job.batch
@@ -152,7 +153,7 @@ def test_a_signal_saves_at_the_next_step_and_says_how_to_go_on(world: dict[str, 
         return draw(first, rows)
 
     object.__setattr__(job, "batch", interrupting)
-    with pytest.raises(Interrupted, match="Run the same command again") as stopped:
+    with pytest.raises(Interrupted, match=r"after step 3; saved to checkpoints/pretrain/latest\.pt$") as stopped:
         train(job, device="cpu", reporter=Reporter("pretrain", "r", quiet=True))
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert ckpt.load_checkpoint("checkpoints/pretrain/latest.pt", device="cpu")["step"] == 3
@@ -236,7 +237,7 @@ def test_a_closed_output_ends_training_quietly(tmp_path: Path, tiny_tokenizer: S
         process.stdout.close()
         err = process.stderr.read()
     assert process.returncode == 1
-    assert err in ("", "the output was closed, so training stopped; the same command goes on\n")
+    assert err in ("", "the output was closed; run the same command again to go on\n")
 
 
 def test_a_best_loss_without_its_file_is_forgotten(world: dict[str, Any]) -> None:
