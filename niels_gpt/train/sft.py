@@ -31,6 +31,7 @@ from niels_gpt.train.start import (
     TimeLimit,
     eval_shape,
     fingerprint,
+    metric_weights,
     pretrained_model,
     start_phase,
     weighted_metric,
@@ -38,6 +39,7 @@ from niels_gpt.train.start import (
 
 PHASE = "sft"
 TEXT = "text/"  # before the names of replayed sources
+LOSSES = {"pretrain_val_loss": "pretrain", "sft_val_loss": "sft"}  # name in the settings -> of the evaluation
 
 
 def run_sft(
@@ -114,6 +116,7 @@ def sft_job(start: Start) -> Job:
         evals["sft"] = _chat_eval(_chat_rows(*open_mix(settings, start.tokenizer, "val"), start), start)
     elif "pretrain" in evals:
         evals["sft"] = evals["pretrain"]
+    _check_measured(start, evals)
     chats = _chat_rows(sources, mix, start)
     text = _replayed_text(start, T)
     return Job(
@@ -121,9 +124,7 @@ def sft_job(start: Start) -> Job:
         resolved=start.resolved,
         batch=chats.batch if text is None else Replay(chats, text, settings.data.replay_pretrain).batch,
         evals=evals,
-        metric=lambda found: weighted_metric(
-            options, {"pretrain_val_loss": found.get("pretrain"), "sft_val_loss": found.get("sft")}
-        ),
+        metric=lambda found: weighted_metric(options, {name: found.get(of) for name, of in LOSSES.items()}),
         tokenizer_model=start.tokenizer_model,
         world=start.world,
         byte_lengths=token_byte_lengths(start.tokenizer),
@@ -131,6 +132,21 @@ def sft_job(start: Start) -> Job:
         data=sft_fingerprint(settings, sources),
         began=start.began,
         deadline=start.deadline,
+    )
+
+
+def _check_measured(start: Start, evals: Iterable[str]) -> None:
+    """ValueError if best.pt is wanted and goes by a loss that nothing here can be measured on."""
+    lost = [name for name in metric_weights(start.options) if LOSSES[name] not in evals]
+    if not lost or not start.options.save_best:
+        return
+    data = start.settings.data
+    own = 'data.val_sft_source to "sft", ' if "sft_val_loss" in lost else ""
+    raise ValueError(
+        f"training.{PHASE}.best_metric needs {' and '.join(lost)}, but there is no validation text of"
+        f" {data.val_pretrain_source} in {data.caches.pretrain_token_cache}; build it with niels-gpt cache build"
+        f" {data.val_pretrain_source} --phase pretrain, or set {own}data.val_pretrain_source to a source that is there"
+        f" or training.{PHASE}.save_best to false"
     )
 
 

@@ -167,10 +167,15 @@ def eval_shape(options: PhaseSettings) -> tuple[int, int]:
     return options.eval_batches or options.eval_steps, options.micro_B_eval or options.micro_B
 
 
-def weighted_metric(options: PhaseSettings, losses: Mapping[str, EvalResult | None]) -> float:
-    """What best.pt minimises: one loss by its settings name, or the weighted sum of several; NaN if one is missing."""
+def metric_weights(options: PhaseSettings) -> dict[str, float]:
+    """What best.pt goes by: the weight of each loss, by its settings name."""
     chosen = {str(name): weight for name, weight in (options.best_metric_weights or {}).items()}
-    weights = chosen or {str(options.best_metric): 1.0}
+    return chosen or {str(options.best_metric): 1.0}
+
+
+def weighted_metric(options: PhaseSettings, losses: Mapping[str, EvalResult | None]) -> float:
+    """What best.pt minimises: one loss by its settings name, or the weighted mean of several; NaN if one is missing."""
+    weights = metric_weights(options)
     total = 0.0
     for name, weight in weights.items():
         result = losses.get(name)

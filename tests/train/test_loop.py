@@ -134,6 +134,23 @@ def test_fine_tuning_measures_what_it_learns_and_what_it_forgets(world: dict[str
     assert result["best_val_loss"] == pytest.approx(mean, rel=0.05)
 
 
+def test_a_best_that_nothing_can_be_measured_for_is_refused_at_once(world: dict[str, Any]) -> None:
+    """Without its validation cache there would never be a best.pt, and nothing would say so."""
+    world["data"] |= {"val_sft_source": "wikitext", "val_pretrain_source": "chitchat"}
+    with pytest.raises(
+        ValueError, match=r'needs sft_val_loss, .* build chitchat .* or set data\.val_sft_source to "sft"'
+    ):
+        workshop.make_loop(world, "sft")
+    with pytest.raises(
+        ValueError, match=r"needs pretrain_val_loss, .* or set data\.val_pretrain_source to a source th"
+    ):
+        workshop.make_loop(world, "sft", best_metric="pretrain_val_loss")
+    assert dict(workshop.make_loop(world, "sft", save_best=False).job.evals) == {}  # nothing is wanted
+    world["data"]["val_pretrain_source"] = "primer"
+    evals = workshop.make_loop(world, "sft", save_best=True).job.evals
+    assert evals["sft"] is evals["pretrain"]
+
+
 def test_ids_beyond_the_vocabulary_are_named(world: dict[str, Any]) -> None:
     loop = workshop.make_loop(world)
     bad = Batch(torch.full((1, 4), workshop.V), torch.zeros(1, 4, dtype=torch.int64))
