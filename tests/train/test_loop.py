@@ -86,6 +86,10 @@ def test_replay_puts_rows_of_text_among_the_chats(world: dict[str, Any]) -> None
     assert (plain.y[1::2] == IGNORED).any()
     assert torch.equal(loop.job.batch(29, 1).x, mixed.x[1:2])  # however the rows are cut
     assert loop.train_step(0).applied
+    world["sft_format"] = {"include_eot_in_loss": False}
+    mixed = workshop.make_loop(world, "sft").job.batch(0, 64)
+    eot = loop.job.resolved.special_token_ids["eot"]  # of a chat it ends the turn, of a text the document
+    assert not (mixed.y[::2] == eot).any() and (mixed.y[1::2] == eot).any() and not (mixed.y[1::2] == IGNORED).any()
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
