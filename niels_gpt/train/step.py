@@ -80,7 +80,7 @@ class Stepper:
                 batches = self._batches(step)
             valid = int(self.world.sum(sum(int((batch.y != IGNORED).sum()) for _, batch in batches))[0])
             if not valid:
-                raise ValueError(f"step {step}: no batch holds a token to learn from; check the data of this phase")
+                raise ValueError(f"step {step + 1}: no batch holds a token to learn from; check the data of this phase")
             failure = self._rehearsed(step, batches, valid) if self._rehearsals else None
             if failure is None:
                 try:
