@@ -1,6 +1,6 @@
 """`runs/<id>/metrics.jsonl`: one JSON object per line, handed to the operating system at once.
 
-Kinds: `step` (loss, rate, MFU ...), `eval` (losses, bits per byte, sample), `time` (seconds of each phase so far).
+Kinds: `step` (loss, rate, MFU ...), `eval` (losses, bits per byte, sample), `time` (seconds of each activity so far).
 A killed process loses nothing that was recorded; a full disk loses nothing either, the lines wait for space.
 """
 

@@ -19,7 +19,7 @@ from niels_gpt.eval import EvalResult
 from niels_gpt.train.bar import Bar
 from niels_gpt.train.board import Board, open_board
 from niels_gpt.train.chart import Chart
-from niels_gpt.train.clock import PhaseClock, time_table
+from niels_gpt.train.clock import ActivityClock, time_table
 from niels_gpt.train.distributed import World
 from niels_gpt.train.metrics import MetricsFile
 from niels_gpt.train.mfu import matmul_peak, training_flops
@@ -86,7 +86,7 @@ class Reporter:
         self.phase, self.quiet = phase, quiet
         self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.folder: Path = paths.RUNS_DIR / run_id
-        self.clock = PhaseClock()
+        self.clock = ActivityClock()
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.warn)
         self.chart = Chart(self.folder / "report.html", f"{run_id}: {phase}")
         self._board: Board | None = None
@@ -288,7 +288,7 @@ class NoReporter:
     """The reporter of a run's other processes: it takes whatever it is told and keeps it to itself."""
 
     def __init__(self) -> None:
-        self.clock = PhaseClock()
+        self.clock = ActivityClock()
 
     def saving(self, step: int) -> AbstractContextManager[None]:
         return nullcontext()
