@@ -24,6 +24,7 @@ from niels_gpt.train.distributed import World
 from niels_gpt.train.metrics import MetricsFile
 from niels_gpt.train.mfu import matmul_peak, training_flops
 from niels_gpt.train.sample import Sample
+from niels_gpt.train.start import Start
 
 if TYPE_CHECKING:
     from niels_gpt.train.loop import Loop
@@ -300,6 +301,18 @@ class NoReporter:
 def reporter_for(world: World, phase: str, run_id: str, *, quiet: bool = False) -> Reporter:
     """A reporter for the main process of a run; the others get a mute one."""
     return Reporter(phase, run_id, quiet=quiet) if world.is_main else cast(Reporter, NoReporter())
+
+
+@contextmanager
+def reporting(start: Start, *, quiet: bool) -> Iterator[Reporter]:
+    """The reporter of a phase about to run, which says what it goes on from; closed at the end."""
+    reporter = reporter_for(start.world, start.resolved.phase, start.resolved.run_id, quiet=quiet)
+    try:
+        if start.resume is not None:
+            reporter.say(f"resumed from {start.resume}")
+        yield reporter
+    finally:
+        reporter.close()
 
 
 def one_line(text: str) -> str:

@@ -23,7 +23,7 @@ from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import stream_eval
-from niels_gpt.train.report import reporter_for
+from niels_gpt.train.report import Reporter, reporting
 from niels_gpt.train.sample import sampler_for
 from niels_gpt.train.start import (
     Overrides,
@@ -63,30 +63,24 @@ def run_sft(
         PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit, world=world
     )
     job = sft_job(start)
-    reporter = reporter_for(start.world, PHASE, start.resolved.run_id, quiet=quiet)
-    init = None
-    if start.resume is not None:
-        reporter.say(f"resumed from {start.resume}")
-    else:
-        init, why = _first_weights(start, init_model_path, from_pretrained)
-        if init is not None:
-            reporter.say(f"sft init from {init}")
-        else:
-            reporter.warn(f"fine-tuning starts from random weights: {why}")
-    try:
+    with reporting(start, quiet=quiet) as reporter:
+        init = _first_weights(start, init_model_path, from_pretrained, reporter) if start.resume is None else None
         result = train(job, device=start.device, reporter=reporter, resume=start.resume, init=init)
-    finally:
-        reporter.close()
     losses = {name: evaluated.loss for name, evaluated in result.last_evals.items()}
     last = {f"last_val_{name}_loss": losses.get(name) for name in ("pretrain", "sft")}
     return {**result.record(), **last}
 
 
-def _first_weights(start: Start, asked: str | Path | None, from_pretrained: bool) -> tuple[Path | None, str]:
-    """The checkpoint whose weights a fresh run begins with; None, and the reason, for random ones."""
-    if asked is not None:
-        return Path(asked), ""
-    return start.world.from_main(lambda: _pretrained(start)) if from_pretrained else (None, "no other ones are given")
+def _first_weights(start: Start, asked: str | Path | None, from_pretrained: bool, reporter: Reporter) -> Path | None:
+    """The checkpoint whose weights a fresh run begins with; None for random ones. Says which."""
+    init, why = None if asked is None else Path(asked), "no others are given"
+    if init is None and from_pretrained:
+        init, why = start.world.from_main(lambda: _pretrained(start))
+    if init is None:
+        reporter.warn(f"fine-tuning starts from random weights: {why}")
+    else:
+        reporter.say(f"sft init from {init}")
+    return init
 
 
 def _pretrained(start: Start) -> tuple[Path | None, str]:
