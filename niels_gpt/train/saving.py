@@ -16,7 +16,7 @@ from niels_gpt.train.budget import Budget
 from niels_gpt.train.job import Job
 from niels_gpt.train.parallel import as_sharded, whole_state
 from niels_gpt.train.report import Reporter
-from niels_gpt.train.start import is_of_phase
+from niels_gpt.train.start import is_of_phase, run_of
 from niels_gpt.train.state import RunState
 from niels_gpt.train.step import Stepper
 
@@ -71,8 +71,10 @@ class Saver:
         known = {f.name: resume[f.name] for f in fields(RunState) if f.name in resume}
         best = loaded["best_val_loss"]
         state = RunState(**{"good_step": step, "evaluated_step": step, **known, "step": step, "best_val_loss": best})
-        # A kill between the first two files of a save can leave a best loss without its file: the next one is the best.
-        has_best = self.job.world.from_main(ckpt.phase_paths(self.job.phase).best.is_file)
+        # A kill between the first two files of a save can leave a best loss without its file, or with that of an older
+        # run: the next one is the best.
+        path = ckpt.phase_paths(self.job.phase).best
+        has_best = self.job.world.from_main(lambda: ckpt.is_good(path) and run_of(path) == resume.get("run_id"))
         if self.options.save_best and not has_best:
             state.best_val_loss = state.best_step = None
         self.is_finished, self.finished_seconds = resume.get("is_finished", False), resume.get("finished_s")

@@ -144,14 +144,15 @@ def pretrained_model() -> Path:
     RuntimeError if there is none.
     """
     found, newest = ckpt.phase_paths("pretrain"), ckpt.newest_good("pretrain")
-    if found.best.is_file() and (newest is None or _run_of(found.best) == _run_of(newest)):
+    if found.best.is_file() and (newest is None or run_of(found.best) == run_of(newest)):
         return found.best
     if newest is None:
         raise RuntimeError(f"pretraining left no checkpoint in {found.step_dir}; run --phase pretrain first")
     return newest
 
 
-def _run_of(path: Path) -> str | None:
+def run_of(path: Path) -> str | None:
+    """The id of the run that a checkpoint was saved by, if it says so."""
     run_id: str | None = (ckpt.load_checkpoint(path, device="cpu")["resume"] or {}).get("run_id")
     return run_id
 

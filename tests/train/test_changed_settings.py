@@ -90,6 +90,21 @@ def test_the_best_loss_is_remembered_without_its_file_where_none_is_kept(world: 
     assert resumed.state.best_val_loss == best and resumed.state.best_step == 12
 
 
+def test_a_best_file_of_an_older_run_is_replaced(world: dict[str, Any]) -> None:
+    """A fresh run in its folder is killed after its first step file, before it has a best.pt of its own."""
+    run_pretrain(world, device="cpu", quiet=True)
+    fresh = workshop.make_loop(world)
+    fresh._one_step()
+    fresh.state.best_val_loss = 0.1
+    fresh._save(False)
+    resumed = workshop.make_loop(world, resume=True)
+    assert resumed.state.step == 1 and resumed.state.best_val_loss is None
+    resumed._save(True)
+    resumed.state.best_val_loss = 0.2
+    resumed._save(False)
+    assert workshop.make_loop(world, resume=True).state.best_val_loss == 0.2
+
+
 def test_another_phase_leaves_its_step_and_nothing_else(
     world: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
