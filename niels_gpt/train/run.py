@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", metavar="PATH", help="carry out a plan of niels-gpt plan: all phases, on its time")
     parser.add_argument("--list-profiles", action="store_true", help="show the names --profile knows")
     parser.add_argument("--device", help="cpu, mps or cuda; by default the best there is")
-    parser.add_argument("--resume", metavar="PATH", help="go on from this checkpoint")
+    parser.add_argument("--resume", metavar="PATH", help="go on from this checkpoint; wins over --no-resume")
     parser.add_argument("--no-resume", action="store_true", help="start afresh even if there is a checkpoint")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=minutes, metavar="X", help="end after this many minutes, on any machine")
