@@ -8,17 +8,27 @@ from collections.abc import Callable
 from niels_gpt import files
 
 
+class Interrupted(Exception):
+    """A signal ended the work, after what it had to save was saved; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def exit_status(
     work: Callable[[], int | None],
     *,
     stopped: str | None = None,
+    go_on: str | None = None,
     expected: tuple[type[Exception], ...] = (ValueError, OSError),
     reader_gone: int = 1,
 ) -> int:
     """Run a program's work and return its exit status: what `work` returns, or 0 for None.
 
-    An exception in `expected` becomes `error: ...` on stderr and 1; Ctrl-C becomes 130, with the sentence `stopped`;
-    a reader of stdout that has gone becomes `reader_gone`, silently.
+    An exception in `expected` becomes `error: ...` on stderr and 1. Ctrl-C becomes 130, with the sentence `stopped`;
+    Interrupted its own code, with its own sentence; a reader of stdout that has gone becomes `reader_gone`, silently.
+    go_on: how to take up the work again, which is added to these three.
     Wrong usage is argparse's, and 2. Other exceptions are bugs: they pass.
     """
     try:
@@ -27,11 +37,19 @@ def exit_status(
         return status
     except BrokenPipeError:
         files.discard_output()
+        _say(None if go_on is None else "the output was closed", go_on)
         return reader_gone
     except expected as error:
-        print(f"error: {files.explained(error)}", file=sys.stderr, flush=True)
+        _say(f"error: {files.explained(error)}")
         return 1
+    except Interrupted as stop:
+        _say(str(stop), go_on)
+        return stop.exit_code
     except KeyboardInterrupt:
-        if stopped is not None:
-            print(stopped, file=sys.stderr, flush=True)
+        _say("interrupted" if stopped is None and go_on is not None else stopped, go_on)
         return 130
+
+
+def _say(*parts: str | None) -> None:
+    if line := "; ".join(part for part in parts if part is not None):
+        print(line, file=sys.stderr, flush=True)

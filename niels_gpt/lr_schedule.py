@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-SHAPES = ("cosine", "linear")
-
 
 def lr_at_step(
     step: float,

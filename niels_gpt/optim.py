@@ -2,8 +2,8 @@
 
 Muon is Keller Jordan et al. 2024 ("Muon: an optimizer for hidden layers in neural networks"): momentum whose update is
 replaced by the nearest (semi-)orthogonal matrix. Fused q/k/v rows are orthogonalised apart, and matrices of one shape
-are orthogonalised in one batched product. Learning-rate multipliers are per group (`lr_scale`), so a schedule sets one
-number.
+are orthogonalised in one batched product. A schedule gives one number, AdamW's rate: Muon's peak is scaled by the same
+factor.
 """
 
 from __future__ import annotations

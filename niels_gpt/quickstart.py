@@ -18,16 +18,17 @@ from typing import Any
 from rich.console import Console
 
 from niels_gpt import checkpoint as ckpt
-from niels_gpt import files, paths
+from niels_gpt import paths
 from niels_gpt.chat import build_options, run_chat, system_prompt
+from niels_gpt.command import exit_status
 from niels_gpt.device import get_device
 from niels_gpt.plan.recipe import seeded, tuned, with_minutes
 from niels_gpt.settings import PHASES, Settings, validate_overrides
 from niels_gpt.summary import Summary, measure, show
-from niels_gpt.train.loop import Interrupted
 from niels_gpt.train.prepare import compile_kernels, make_caches, make_tokenizer, set_other_runs_aside, step
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.sft import run_sft
+from niels_gpt.train.start import pretrained_model
 
 SMALLEST_BUDGET = 0.05  # minutes
 
@@ -58,21 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--minutes must be between {SMALLEST_BUDGET} and 100000")
     if not 0 <= args.seed < 2**63:
         parser.error("--seed must be between 0 and 2^63 - 1")
-    try:
-        return _run(args)
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return stop.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        files.discard_output()
-        print("the output was closed; run the same command again to go on", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {files.explained(error)}", file=sys.stderr)
-        return 1
+    return exit_status(
+        lambda: _run(args),
+        go_on="run the same command again to go on",
+        expected=(ValueError, OSError, RuntimeError),
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -106,7 +97,7 @@ def train_both(plan: Plan, console: Console) -> dict[str, dict[str, Any]]:
     console.print(f"[3/5 pretraining] {budgets['pretrain']:.2f} minutes", markup=False)
     pretrain = run_pretrain(plan.overrides)
     console.print(f"[4/5 fine-tuning] {budgets['sft']:.2f} minutes", markup=False)
-    sft = run_sft(plan.overrides, init_model_path=ckpt.phase_paths("pretrain").best)
+    sft = run_sft(plan.overrides, init_model_path=pretrained_model())
     return {"pretrain": pretrain, "sft": sft}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from niels_gpt.command import exit_status
+from niels_gpt.command import Interrupted, exit_status
 
 
 def raising(error: BaseException) -> Callable[[], int | None]:
@@ -41,6 +41,21 @@ def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(raising(KeyboardInterrupt()), stopped="stopped; nothing was made") == 130
     assert exit_status(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr() == ("", "stopped; nothing was made\n")
+
+
+def test_how_to_go_on_is_said_after_every_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(raising(Interrupted("saved to a.pt", 143))) == 143
+    assert exit_status(raising(Interrupted("saved to a.pt", 143)), go_on="do it again") == 143
+    assert exit_status(raising(KeyboardInterrupt()), go_on="do it again") == 130
+    assert exit_status(raising(BrokenPipeError()), go_on="do it again") == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "saved to a.pt",
+        "saved to a.pt; do it again",
+        "interrupted; do it again",
+        "the output was closed; do it again",
+    ]
+    assert exit_status(raising(ValueError("T is 0")), go_on="do it again") == 1
+    assert capsys.readouterr().err == "error: T is 0\n"
 
 
 def test_a_bug_passes() -> None:

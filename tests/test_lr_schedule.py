@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from niels_gpt.lr_schedule import SHAPES, lr_at_step
+from niels_gpt.lr_schedule import lr_at_step
+from niels_gpt.settings import PhaseSettings
 from tests.reference import BUNDLE, needs_bundle
 
 COSINE = {"base_lr": 1.0, "warmup_steps": 10, "min_lr": 0.1}
@@ -38,7 +40,7 @@ def test_a_run_that_is_all_warm_up() -> None:
     step=st.floats(0, 300),
     total=st.floats(1, 200),
     warmup=st.floats(0, 200),
-    shape=st.sampled_from(SHAPES),
+    shape=st.sampled_from(get_args(PhaseSettings.model_fields["lr_shape"].annotation)),
     decay=st.floats(0.01, 1),
 )
 def test_always_between_zero_and_the_peak(step: float, total: float, warmup: float, shape: str, decay: float) -> None:

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from niels_gpt.optim import NEWTON_SCHULZ, Muon, OptimizerGroup, _gram_is_cheaper, orthogonalize
+from niels_gpt.config import NEW, ModelConfig
+from niels_gpt.model.gpt import GPT
+from niels_gpt.optim import NEWTON_SCHULZ, Muon, OptimizerGroup, _gram_is_cheaper, build_optimizer, orthogonalize
+from niels_gpt.settings import default_settings
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -172,3 +175,23 @@ def test_the_state_of_other_optimizers_is_refused():
     _, group = pair()
     with pytest.raises(ValueError, match=r"holds \['adamw'\].*uses \['adamw', 'muon'\]"):
         group.load_state_dict({"adamw": {}})
+
+
+@pytest.mark.parametrize(("phase", "decay"), [("pretrain", 0.1), ("sft", 0.05)])
+def test_adamw_has_the_settings_of_its_phase_and_every_parameter_once(phase, decay):
+    model = GPT(ModelConfig(V=32, T=8, C=16, L=2, H=2, d_ff=32, dropout=0.0, rope_theta=1e4), NEW)
+    options = getattr(default_settings().training, phase)
+    (all_of_them,) = build_optimizer(model, options).param_groups
+    assert all_of_them["weight_decay"] == decay
+    for optimizer in ("adamw", "muon"):
+        changes = {"optimizer": optimizer, "decay_norm_and_bias": False, "decay_embeddings": False}
+        groups = build_optimizer(model, options.model_copy(update=changes)).param_groups
+        assert len(groups) == 2  # Muon has all matrices but the embedding, which is spared as the norms are
+        held = [id(p) for group in groups for p in group["params"]]
+        assert sorted(held) == sorted(id(p) for p in model.parameters())
+        *decayed, spared = groups
+        assert {id(p) for p in spared["params"]} == {id(p) for p in model.parameters() if p.ndim < 2} | {
+            id(model.tok_emb.weight)
+        }
+        assert spared["weight_decay"] == 0.0
+        assert [g["weight_decay"] for g in decayed] == [decay if optimizer == "adamw" else options.muon_weight_decay]

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from niels_gpt.train.bar import Bar
 from niels_gpt.train.board import open_board
-from niels_gpt.train.clock import PhaseClock
+from niels_gpt.train.clock import ActivityClock
 from niels_gpt.train.report import Reporter, StepReport
 
 
@@ -60,14 +60,14 @@ def main(argv: list[str] | None = None) -> int:
 def measure(steps: int) -> dict[str, list[float]]:
     """part -> microseconds per step."""
     reports = [report_of(step, steps) for step in range(steps + 1)]
-    clock = PhaseClock()
+    clock = ActivityClock()
 
-    def phases(step: int) -> None:
-        for phase in ("step", "data", "evaluation"):
-            with clock(phase):
+    def activities(step: int) -> None:
+        for activity in ("step", "data", "evaluation"):
+            with clock(activity):
                 pass
 
-    rows = {"clock, three phases": microseconds(phases, steps)}
+    rows = {"clock, three activities": microseconds(activities, steps)}
     reporter = Reporter("pretrain", "bench", quiet=True)
     reporter.metrics.reopen("pretrain", 0)
     rows["metrics.jsonl and chart"] = microseconds(lambda step: reporter.step(reports[step]), steps)

@@ -33,7 +33,6 @@ from niels_gpt.settings import Settings, load_overrides, validate_overrides
 from niels_gpt.train.bar import Bar
 from niels_gpt.train.report import duration
 from niels_gpt.train.signals import leaving_on_signals
-from niels_gpt.train.state import Interrupted
 
 COMPILE_SECONDS = 180.0  # more for a trial whose first step compiles
 PRESET = "preset"
@@ -47,12 +46,12 @@ def main(argv: list[str] | None = None) -> int:
         candidates = grids.from_file(args.grid, settings) if args.grid != PRESET else None
     except (ValueError, OSError) as error:
         parser.error(files.explained(error))
-    try:
+
+    def work() -> int:
         with leaving_on_signals():
-            return exit_status(lambda: Sweep(settings, device, candidates, Path(args.out_dir)).run(args.fresh))
-    except Interrupted as stop:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return stop.exit_code
+            return Sweep(settings, device, candidates, Path(args.out_dir)).run(args.fresh)
+
+    return exit_status(work, go_on="run the same command again to go on")
 
 
 def _parser() -> argparse.ArgumentParser:

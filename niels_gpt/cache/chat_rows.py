@@ -119,7 +119,10 @@ class ChatRows:
 
     def row(self, n: int) -> np.ndarray:
         """(3, T+1) int64: ids, labels and segments of row n of the run."""
-        return self.mixed.row(n)
+        row = self.mixed.row(n)
+        if not self.include_eot:  # here, not in a batch: text among the chats learns where its documents end
+            row[1, row[1] == self.eot_id] = IGNORED
+        return row
 
     def batch(self, first: int, rows: int) -> Batch:
         """Rows first .. first + rows - 1 of the run."""
@@ -128,10 +131,8 @@ class ChatRows:
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
         """x, y and, if packed, segment (B, T) of (3, T+1) rows."""
         ids, labels, segment = torch.from_numpy(np.stack(rows)).unbind(1)
-        y = labels[:, 1:].contiguous()
-        if not self.include_eot:
-            y.masked_fill_(y == self.eot_id, IGNORED)
-        return Batch(ids[:, :-1].contiguous(), y, segment[:, :-1].contiguous() if self.packed else None)
+        segments = segment[:, :-1].contiguous() if self.packed else None
+        return Batch(ids[:, :-1].contiguous(), labels[:, 1:].contiguous(), segments)
 
 
 def as_chat_row(tokens: np.ndarray) -> np.ndarray:

@@ -19,7 +19,13 @@ from niels_gpt.checkpoint.format import (
 )
 from niels_gpt.checkpoint.loaded import LoadedModel, is_byte_model, load_model
 from niels_gpt.checkpoint.plain import NotFinite
-from niels_gpt.checkpoint.weights import architecture_of, build_model, validate_model_config_match
+from niels_gpt.checkpoint.weights import (
+    architecture_of,
+    build_model,
+    check_same_model,
+    load_into,
+    validate_model_config_match,
+)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -29,9 +35,11 @@ __all__ = [
     "PhasePaths",
     "architecture_of",
     "build_model",
+    "check_same_model",
     "is_byte_model",
     "is_good",
     "load_checkpoint",
+    "load_into",
     "load_model",
     "newest_good",
     "phase_paths",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -84,14 +84,31 @@ def build_model(checkpoint: Checkpoint) -> GPT:
     return model.to(state["tok_emb.weight"].device)
 
 
+def load_into(model: GPT, checkpoint: Checkpoint) -> None:
+    """Give a model the weights of a checkpoint; ValueError as of `check_same_model` and `check_weights`."""
+    check_same_model(checkpoint, model.cfg, model.arch)
+    check_weights(model.cfg, checkpoint["model_state"])
+    model.load_state_dict(checkpoint["model_state"])
+
+
+def check_same_model(checkpoint: Checkpoint, cfg: ModelConfig, arch: Architecture) -> None:
+    """ValueError listing every setting of `model` in which a checkpoint and this run differ, the architecture's too."""
+    theirs = {**checkpoint["model_cfg"], **to_dict(architecture_of(checkpoint["model_state"]))}
+    _refuse_differences(theirs, {**to_dict(cfg), **to_dict(arch)}, (*MODEL_KEYS, *to_dict(arch)))
+
+
 def validate_model_config_match(
     loaded: ModelConfig | Mapping[str, Any], current: ModelConfig | Mapping[str, Any]
 ) -> None:
     """ValueError listing every one of the eight fields in which a checkpoint and this run's settings differ."""
     theirs, ours = (dict(c) if isinstance(c, Mapping) else to_dict(c) for c in (loaded, current))
+    _refuse_differences(theirs, ours, MODEL_KEYS)
+
+
+def _refuse_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], keys: Iterable[str]) -> None:
     different = [
-        f"{key} (checkpoint {theirs.get(key)}, settings {ours.get(key)})"
-        for key in MODEL_KEYS
+        f"model.{key} (checkpoint {theirs.get(key)}, settings {ours.get(key)})"
+        for key in keys
         if theirs.get(key) != ours.get(key)
     ]
     if different:

@@ -204,7 +204,9 @@ class DataSettings(Section):
     mix_sft: Mix = knob(MIX_SFT, f"share of each source ({', '.join(SFT_SOURCES)}); sums to 1")
     val_pretrain_source: PretrainSource = knob("wikitext", "source whose validation loss is pretrain_val_loss")
     replay_pretrain: float = knob(0.0, "share of fine-tuning rows drawn from mix_pretrain", ge=0, lt=1)
-    val_sft_source: Literal["sft", "wikitext"] = knob("sft", "validate fine-tuning on its own chats, or on wikitext")
+    val_sft_source: Literal["sft", "wikitext"] = knob(
+        "sft", "sft_val_loss: on the chats of fine-tuning, or (wikitext) on the text of val_pretrain_source"
+    )
     allow_missing_idx: bool = knob(False, "treat a fine-tuning cache without its index as one long example")
     streams: StreamSettings = section(StreamSettings, "byte streams")
     wikitext: WikitextSettings = section(WikitextSettings, "WikiText-103")

@@ -82,7 +82,7 @@ class ResolvedSettings:
     arch: Architecture
     train_cfg: TrainConfig
     special_token_ids: dict[str, int]  # {} for byte tokenizers
-    stop_token_id: int | None
+    stop_token_id: int | None  # these two for the record, whose format has them; `chat.conversation` reads the settings
     banned_token_ids: tuple[int, ...]
     phase: str
     overrides: dict[str, Any]

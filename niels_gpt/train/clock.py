@@ -1,4 +1,4 @@
-"""Where the time of a run goes: every second of it belongs to exactly one phase."""
+"""Where the time of a run goes: every second of it belongs to exactly one activity."""
 
 from __future__ import annotations
 
@@ -8,55 +8,55 @@ from contextlib import contextmanager
 
 from rich.table import Table
 
-PHASES = ("step", "data", "evaluation", "logging", "saving", "other")
+ACTIVITIES = ("step", "data", "evaluation", "logging", "saving", "other")
 WATCHED = ("data", "evaluation", "logging", "saving")  # what is not training, and should cost next to nothing
 
 
-class PhaseClock:
-    """`with clock("saving"): ...` charges what happens inside to that phase, and not to the one around it."""
+class ActivityClock:
+    """`with clock("saving"): ...` charges what happens inside to that activity, and not to the one around it."""
 
     def __init__(self) -> None:
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._phase, self._since = "other", time.perf_counter()
+        self._seconds = dict.fromkeys(ACTIVITIES, 0.0)
+        self._activity, self._since = "other", time.perf_counter()
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        before = self._switch(phase)
+    def __call__(self, activity: str) -> Iterator[None]:
+        before = self._switch(activity)
         try:
             yield
         finally:
             self._switch(before)
 
-    def _switch(self, phase: str) -> str:
+    def _switch(self, activity: str) -> str:
         now = time.perf_counter()
-        before = self._phase
+        before = self._activity
         self._seconds[before] += now - self._since
-        self._phase, self._since = phase, now
+        self._activity, self._since = activity, now
         return before
 
     def carry(self, seconds: Mapping[str, float]) -> None:
         """Add what earlier sessions of a resumed run spent."""
-        for phase in PHASES:
-            self._seconds[phase] += seconds.get(phase, 0.0)
+        for activity in ACTIVITIES:
+            self._seconds[activity] += seconds.get(activity, 0.0)
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each phase so far, the one that is going on included."""
-        self._switch(self._phase)
+        """Seconds of each activity so far, the one that is going on included."""
+        self._switch(self._activity)
         return dict(self._seconds)
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Each phase's part of the whole, 0..1."""
+    """Each activity's part of the whole, 0..1."""
     total = sum(seconds.values())
-    return {phase: seconds.get(phase, 0.0) / total if total else 0.0 for phase in PHASES}
+    return {name: seconds.get(name, 0.0) / total if total else 0.0 for name in ACTIVITIES}
 
 
 def time_table(seconds: Mapping[str, float]) -> Table:
     """Where the time went, for people."""
     table = Table(title="where the time went", title_justify="left")
-    for column in ("phase", "seconds", "share"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
-    for phase, share in shares(seconds).items():
-        table.add_row(phase, f"{seconds.get(phase, 0.0):,.1f}", f"{share:.2%}")
+    for column in ("activity", "seconds", "share"):
+        table.add_column(column, justify="left" if column == "activity" else "right")
+    for activity, share in shares(seconds).items():
+        table.add_row(activity, f"{seconds.get(activity, 0.0):,.1f}", f"{share:.2%}")
     table.add_row("all", f"{sum(seconds.values()):,.1f}", "")
     return table

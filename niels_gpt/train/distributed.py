@@ -173,7 +173,7 @@ def exchanging() -> Iterator[None]:
 
 LOST = (
     "another process of this run has ended or does not answer, so this one ends as well; "
-    "the same command goes on from the last checkpoint"
+    "the run can go on from its last checkpoint"
 )
 
 

@@ -34,5 +34,4 @@ class Job:
 
     @property
     def options(self) -> PhaseSettings:
-        phase: PhaseSettings = getattr(self.resolved.settings.training, self.phase)
-        return phase
+        return self.resolved.training

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from niels_gpt import checkpoint as ckpt
+from niels_gpt.command import Interrupted
 from niels_gpt.device import choose_precision, memory_in_use, synchronize
 from niels_gpt.eval import EvalResult
 from niels_gpt.model.gpt import GPT
@@ -29,10 +30,10 @@ from niels_gpt.train.sample import Sample
 from niels_gpt.train.saving import Origin, Saver
 from niels_gpt.train.signals import StopRequest, catching_signals
 from niels_gpt.train.start import eval_shape
-from niels_gpt.train.state import Interrupted, RunState, StepResult, TrainResult
+from niels_gpt.train.state import RunState, StepResult, TrainResult
 from niels_gpt.train.step import Stepper
 
-__all__ = ["Interrupted", "Loop", "RunState", "StepResult", "TrainResult", "train"]
+__all__ = ["Loop", "RunState", "StepResult", "TrainResult", "train"]
 
 LOSS_WINDOW = 50  # steps in the moving average of the logged train_loss
 MAX_SKIPPED_IN_A_ROW = 5
@@ -77,8 +78,7 @@ class Loop:
         if source is None:
             return model, None
         loaded = self.world.from_main(lambda: ckpt.load_checkpoint(source, device="cpu"))
-        ckpt.validate_model_config_match(loaded["model_cfg"], self.job.resolved.model_cfg)
-        model.load_state_dict(ckpt.build_model(loaded).state_dict())
+        ckpt.load_into(model, loaded)
         return model, loaded
 
     def _budget(self, spent: float) -> Budget:
@@ -267,8 +267,8 @@ class Loop:
         if self.saver.saved_step != self.state.step or is_best:
             self._save(is_best)
         raise Interrupted(
-            f"stopped by signal {self.stop.signum} after step {self.state.step}; saved to "
-            f"{ckpt.phase_paths(self.job.phase).latest}. Run the same command again to go on from there",
+            f"stopped by signal {self.stop.signum} after step {self.state.step}; saved to"
+            f" {ckpt.phase_paths(self.job.phase).latest}",
             self.stop.exit_code,
         )
 

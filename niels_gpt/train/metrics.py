@@ -1,6 +1,6 @@
 """`runs/<id>/metrics.jsonl`: one JSON object per line, handed to the operating system at once.
 
-Kinds: `step` (loss, rate, MFU ...), `eval` (losses, bits per byte, sample), `time` (seconds of each phase so far).
+Kinds: `step` (loss, rate, MFU ...), `eval` (losses, bits per byte, sample), `time` (seconds of each activity so far).
 A killed process loses nothing that was recorded; a full disk loses nothing either, the lines wait for space.
 """
 
@@ -28,12 +28,17 @@ class MetricsFile:
 
     def reopen(self, phase: str, step: int) -> list[dict[str, Any]]:
         """Open, without what will be done again: entries of the phase after `step`. Returns the phase's rest."""
+
+        def stays(entry: Mapping[str, Any]) -> bool:
+            return entry["phase"] != phase or bool(entry["step"] <= step)
+
         self.close()
-        kept = [entry for entry in read_metrics(self.path) if entry["phase"] != phase or entry["step"] <= step]
+        kept = [entry for entry in read_metrics(self.path) if stays(entry)]
+        self._waiting = [line for line in self._waiting if stays(json.loads(line))]
         write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._size = os.fstat(self._handle).st_size
-        return [entry for entry in kept if entry["phase"] == phase]
+        return [entry for entry in (*kept, *map(json.loads, self._waiting)) if entry["phase"] == phase]
 
     def record(self, entry: Mapping[str, Any]) -> None:
         """One line. Numbers that are not finite become null, so that every reader of JSON can read them."""

@@ -14,16 +14,16 @@ from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.saving import Origin
 from niels_gpt.train.sft import run_sft
-from niels_gpt.train.start import TimeLimit
+from niels_gpt.train.start import TimeLimit, pretrained_model, record_of, spent_seconds
 
 Config = Path | Mapping[str, Any]
 KEYS = {"pretrain_config_path", "sft_config_path"}
 
 
 def pipeline_configs(config: str | Path | Mapping[str, Any]) -> tuple[Config, Config]:
-    """The two config files a pipeline names, relative to the current folder or to the pipeline's own.
+    """The two config files a pipeline names: found from the current folder, else by file name in the pipeline's own.
 
-    Settings instead of a file are those of both phases.
+    Settings instead of a file are those of both phases. ValueError unless the file holds exactly two paths.
     """
     if isinstance(config, Mapping):
         return config, config
@@ -34,6 +34,8 @@ def pipeline_configs(config: str | Path | Mapping[str, Any]) -> tuple[Config, Co
         raise ValueError(f"{config} must hold exactly {' and '.join(sorted(KEYS))}, it holds {sorted(keys)}")
     found = []
     for key in ("pretrain_config_path", "sft_config_path"):
+        if not isinstance(content[key], str):
+            raise ValueError(f"{config}: {key} must be the path of a config file, not {content[key]!r:.80}")
         path = Path(content[key])
         beside = Path(config).parent / path.name
         found.append(path if path.is_file() else beside)
@@ -55,7 +57,8 @@ def run_pipeline(
     starts afresh. `resume_path` and `no_auto_resume` are about pretraining; both make fine-tuning start afresh.
     """
     pretrain_config, sft_config = pipeline_configs(config)
-    limits = world.from_main(lambda: shares(limit or TimeLimit(), pretrain_config))
+    spent = world.from_main(lambda: spent_seconds("pretrain", resume_path, no_auto_resume))
+    limits = world.from_main(lambda: budget_shares(limit or TimeLimit(), pretrain_config, spent))
     afresh = no_auto_resume or resume_path is not None
     done: dict[str, dict[str, Any]] = {}
     if afresh or not world.from_main(sft_is_under_way):
@@ -80,15 +83,18 @@ def run_pipeline(
     return done
 
 
-def shares(limit: TimeLimit, pretrain_config: Config) -> dict[str, TimeLimit]:
-    """How a time limit is shared out before anything has run: `training.sft_share` of it is fine-tuning's."""
+def budget_shares(limit: TimeLimit, pretrain_config: Config, spent: float = 0.0) -> dict[str, TimeLimit]:
+    """How a time limit is shared out: `training.sft_share` of it is fine-tuning's.
+
+    spent: seconds that earlier sessions have used of the pretraining that goes on.
+    """
     if limit.minutes is None and limit.deadline is None:
         return {"pretrain": limit, "sft": limit}
     share = resolve_settings("pretrain", pretrain_config).settings.training.sft_share
     if limit.minutes is not None:
         return {"pretrain": TimeLimit(limit.minutes * (1 - share)), "sft": TimeLimit(limit.minutes * share)}
     assert limit.deadline is not None
-    now, spent = time.time(), _pretrain_seconds()
+    now = time.time()
     total = spent + limit.deadline - now
     return {"pretrain": TimeLimit(None, now + max(0.0, total * (1 - share) - spent)), "sft": limit}
 
@@ -97,32 +103,13 @@ def _what_is_left(whole: TimeLimit, share: TimeLimit) -> TimeLimit:
     """What pretraining has left of the limit, or fine-tuning's share if it has left nothing."""
     if whole.minutes is None:
         return whole
-    left = whole.minutes - _pretrain_seconds() / 60
+    left = whole.minutes - spent_seconds("pretrain", None, False) / 60
     return TimeLimit(left) if left > 0 else share
-
-
-def _pretrain_seconds() -> float:
-    """Seconds that pretraining has used, over all its sessions, by its newest checkpoint."""
-    return float(_newest_record("pretrain").get("elapsed_s", 0.0))
-
-
-def _newest_record(phase: str) -> dict[str, Any]:
-    path = ckpt.newest_good(phase)
-    return (ckpt.load_checkpoint(path, device="cpu")["resume"] or {}) if path is not None else {}
 
 
 def sft_is_under_way() -> bool:
     """Whether there is an unfinished run of fine-tuning that began with the weights that are pretraining's best now."""
-    record = _newest_record("sft")
+    record = record_of("sft", ckpt.newest_good("sft"))
     if not record.get("origin") or record.get("is_finished", True):
         return False
     return Origin(**record["origin"]).is_still_there()
-
-
-def pretrained_model() -> Path:
-    """The checkpoint fine-tuning starts from: pretraining's best, else its latest."""
-    found = ckpt.phase_paths("pretrain")
-    for path in (found.best, found.latest):
-        if path.is_file():
-            return path
-    raise RuntimeError(f"pretraining left no checkpoint in {found.step_dir}; run --phase pretrain first")

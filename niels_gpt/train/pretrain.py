@@ -14,7 +14,7 @@ from niels_gpt.rng import generator_for
 from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
-from niels_gpt.train.report import reporter_for
+from niels_gpt.train.report import reporting
 from niels_gpt.train.sample import sampler_for
 from niels_gpt.train.start import Overrides, Start, TimeLimit, eval_shape, fingerprint, start_phase, weighted_metric
 
@@ -39,13 +39,8 @@ def run_pretrain(
         PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit, world=world
     )
     job = pretrain_job(start)
-    reporter = reporter_for(start.world, PHASE, start.resolved.run_id, quiet=quiet)
-    if start.resume is not None:
-        reporter.say(f"resumed from {start.resume}")
-    try:
+    with reporting(start, quiet=quiet) as reporter:
         result = train(job, device=start.device, reporter=reporter, resume=start.resume)
-    finally:
-        reporter.close()
     last = result.last_evals.get(start.settings.data.val_pretrain_source)
     return {**result.record(), "last_val_loss": last.loss if last is not None else None}
 

@@ -19,11 +19,12 @@ from niels_gpt.eval import EvalResult
 from niels_gpt.train.bar import Bar
 from niels_gpt.train.board import Board, open_board
 from niels_gpt.train.chart import Chart
-from niels_gpt.train.clock import PhaseClock, time_table
+from niels_gpt.train.clock import ActivityClock, time_table
 from niels_gpt.train.distributed import World
 from niels_gpt.train.metrics import MetricsFile
 from niels_gpt.train.mfu import matmul_peak, training_flops
 from niels_gpt.train.sample import Sample
+from niels_gpt.train.start import Start
 
 if TYPE_CHECKING:
     from niels_gpt.train.loop import Loop
@@ -86,7 +87,7 @@ class Reporter:
         self.phase, self.quiet = phase, quiet
         self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.folder: Path = paths.RUNS_DIR / run_id
-        self.clock = PhaseClock()
+        self.clock = ActivityClock()
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.warn)
         self.chart = Chart(self.folder / "report.html", f"{run_id}: {phase}")
         self._board: Board | None = None
@@ -288,7 +289,7 @@ class NoReporter:
     """The reporter of a run's other processes: it takes whatever it is told and keeps it to itself."""
 
     def __init__(self) -> None:
-        self.clock = PhaseClock()
+        self.clock = ActivityClock()
 
     def saving(self, step: int) -> AbstractContextManager[None]:
         return nullcontext()
@@ -300,6 +301,18 @@ class NoReporter:
 def reporter_for(world: World, phase: str, run_id: str, *, quiet: bool = False) -> Reporter:
     """A reporter for the main process of a run; the others get a mute one."""
     return Reporter(phase, run_id, quiet=quiet) if world.is_main else cast(Reporter, NoReporter())
+
+
+@contextmanager
+def reporting(start: Start, *, quiet: bool) -> Iterator[Reporter]:
+    """The reporter of a phase about to run, which says what it goes on from; closed at the end."""
+    reporter = reporter_for(start.world, start.resolved.phase, start.resolved.run_id, quiet=quiet)
+    try:
+        if start.resume is not None:
+            reporter.say(f"resumed from {start.resume}")
+        yield reporter
+    finally:
+        reporter.close()
 
 
 def one_line(text: str) -> str:

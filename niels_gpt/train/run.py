@@ -19,17 +19,17 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from niels_gpt import files, paths
+from niels_gpt import paths
+from niels_gpt.command import exit_status
 from niels_gpt.device import resolve_device
 from niels_gpt.plan.running import run_planned
 from niels_gpt.settings import PHASES, resolve_settings
 from niels_gpt.train.distributed import ALONE, MainFailed, World, joined
-from niels_gpt.train.loop import Interrupted
-from niels_gpt.train.pipeline import pipeline_configs, run_pipeline, shares
+from niels_gpt.train.pipeline import budget_shares, pipeline_configs, run_pipeline
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.sft import run_sft
 from niels_gpt.train.signals import leaving_on_signals
-from niels_gpt.train.start import TimeLimit
+from niels_gpt.train.start import TimeLimit, spent_seconds
 
 LONGEST = 525600  # minutes: a year
 
@@ -41,17 +41,33 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     _check(args)
     limit = TimeLimit(args.minutes, args.until)
-    try:
-        with leaving_on_signals():
-            if args.plan is not None:
-                run_planned(Path(args.plan), device=args.device, no_resume=args.no_resume)
-                return 0
-            config = Path(args.config) if args.config is not None else profile_path(args.profile)
-            device = resolve_device(args.device)
-            if args.print_config:
-                print(f"using device: {device}", file=sys.stderr)
-                print(json.dumps(resolved_configs(args.phase, config, limit), indent=2, sort_keys=True))
-                return 0
+    return exit_status(
+        lambda: _run(args, limit),
+        go_on=how_to_go_on(args.resume, args.no_resume),
+        expected=(ValueError, OSError, RuntimeError, MemoryError),
+    )
+
+
+def how_to_go_on(resume: str | None, no_resume: bool) -> str:
+    """What to do after a stop: the same command, but for flags with which it would begin elsewhere."""
+    flags = [flag for flag, given in (("--resume", resume is not None), ("--no-resume", no_resume)) if given]
+    without = f", without {' and '.join(flags)}," if flags else ""
+    return f"run the same command again{without} to go on"
+
+
+def _run(args: argparse.Namespace, limit: TimeLimit) -> int:
+    with leaving_on_signals():
+        if args.plan is not None:
+            run_planned(Path(args.plan), device=args.device, no_resume=args.no_resume)
+            return 0
+        config = Path(args.config) if args.config is not None else profile_path(args.profile)
+        device = resolve_device(args.device)
+        if args.print_config:
+            print(f"using device: {device}", file=sys.stderr)
+            spent = spent_seconds("sft" if args.phase == "sft" else "pretrain", args.resume, args.no_resume)
+            print(json.dumps(resolved_configs(args.phase, config, limit, spent), indent=2, sort_keys=True))
+            return 0
+        try:
             with joined(device) as world:
                 if world.is_main:
                     print(f"using device: {device}")
@@ -64,18 +80,8 @@ def main(argv: list[str] | None = None) -> int:
                     limit=world.from_main(lambda: limit),
                     world=world,
                 )
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return stop.exit_code
-    except BrokenPipeError:
-        files.discard_output()
-        print("the output was closed, so training stopped; the same command goes on", file=sys.stderr)
-        return 1
-    except MainFailed:  # the main process says why
-        return 1
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(f"error: {files.explained(error)}", file=sys.stderr)
-        return 1
+        except MainFailed:  # the main process says why
+            return 1
     return 0
 
 
@@ -91,14 +97,15 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m train.run", description="Train a model: pretrain, sft or both.")
+    program = "python -m train.run" if __name__ == "__main__" else "niels-gpt train"
+    parser = argparse.ArgumentParser(prog=program, description="Train a model: pretrain, sft or both.")
     parser.add_argument("--phase", choices=("pretrain", "sft", "pipeline"))
     parser.add_argument("--config", metavar="PATH", help="settings overrides (JSON); wins over --profile")
     parser.add_argument("--profile", metavar="NAME", help="a config of configs/ by its name")
     parser.add_argument("--plan", metavar="PATH", help="carry out a plan of niels-gpt plan: all phases, on its time")
     parser.add_argument("--list-profiles", action="store_true", help="show the names --profile knows")
     parser.add_argument("--device", help="cpu, mps or cuda; by default the best there is")
-    parser.add_argument("--resume", metavar="PATH", help="go on from this checkpoint")
+    parser.add_argument("--resume", metavar="PATH", help="go on from this checkpoint; wins over --no-resume")
     parser.add_argument("--no-resume", action="store_true", help="start afresh even if there is a checkpoint")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=minutes, metavar="X", help="end after this many minutes, on any machine")
@@ -120,10 +127,13 @@ def minutes(text: str) -> float:
 
 def moment(text: str) -> float:
     """The value of --until as `time.time()`: the next time the clock shows HH:MM, or an ISO date and time."""
-    now = datetime.now().astimezone()
+    here = datetime.now()
+    now = here.astimezone()
     try:
-        at = datetime.combine(now, datetime.strptime(text, "%H:%M").time()).astimezone()
-        at += timedelta(days=at <= now)
+        today = datetime.combine(here, datetime.strptime(text, "%H:%M").time())
+        at = today.astimezone()
+        if at <= now:
+            at = (today + timedelta(days=1)).astimezone()  # not 24 hours later: the clocks may change in between
     except ValueError:
         try:
             at = datetime.fromisoformat(text).astimezone()
@@ -150,14 +160,15 @@ def profile_path(name: str) -> Path:
     raise ValueError(f"unknown profile {name!r}; profiles are {', '.join(profiles())}")
 
 
-def resolved_configs(phase: str, config: Path, limit: TimeLimit) -> dict[str, Any]:
-    """The settings `--print_config` shows; nothing is written."""
+def resolved_configs(phase: str, config: Path, limit: TimeLimit, spent: float) -> dict[str, Any]:
+    """The settings `--print_config` shows, of a run that has used `spent` seconds before; nothing is written."""
     if phase != "pipeline":
-        return resolve_settings(phase, config, flags=limit.flags(phase)).settings.model_dump(mode="json")
+        return resolve_settings(phase, config, flags=limit.flags(phase, spent)).settings.model_dump(mode="json")
     configs = dict(zip(PHASES, pipeline_configs(config), strict=True))
-    limits = shares(limit, configs["pretrain"])
+    limits = budget_shares(limit, configs["pretrain"], spent)
+    flags = {"pretrain": limits["pretrain"].flags("pretrain", spent), "sft": limits["sft"].flags("sft")}
     return {
-        name: resolve_settings(name, path, flags=limits[name].flags(name)).settings.model_dump(mode="json")
+        name: resolve_settings(name, path, flags=flags[name]).settings.model_dump(mode="json")
         for name, path in configs.items()
     }
 
@@ -172,7 +183,7 @@ def run_phase(
     limit: TimeLimit | None = None,
     world: World = ALONE,
 ) -> None:
-    """Run one phase, or pretraining and then fine-tuning from its best checkpoint."""
+    """Run one phase, or both; fine-tuning starts from what pretraining has left here."""
     options: dict[str, Any] = {
         "device": device,
         "resume_path": resume,
@@ -180,6 +191,8 @@ def run_phase(
         "limit": limit,
         "world": world,
     }
+    if phase == "sft":
+        options["from_pretrained"] = True
     {"pretrain": run_pretrain, "sft": run_sft, "pipeline": run_pipeline}[phase](config, **options)
 
 

@@ -16,8 +16,11 @@ from niels_gpt.train.budget import Budget
 from niels_gpt.train.job import Job
 from niels_gpt.train.parallel import as_sharded, whole_state
 from niels_gpt.train.report import Reporter
+from niels_gpt.train.start import is_of_phase, run_of
 from niels_gpt.train.state import RunState
 from niels_gpt.train.step import Stepper
+
+FROM_SETTINGS = ("weight_decay", "betas", "eps", "momentum")  # of an optimizer's groups; learning rates come each step
 
 
 @dataclass(frozen=True)
@@ -55,22 +58,47 @@ class Saver:
             self._warn_of_changes(resume)
         stepper = self.stepper
         if loaded["optimizer_state"] is not None:
-            stepper.optimizer.load_state_dict(as_sharded(stepper.optimizer, loaded["optimizer_state"]))
+            self._restore_optimizer(loaded["optimizer_state"])
         if stepper.scaler is not None and resume.get("scaler"):
             stepper.scaler.load_state_dict(resume["scaler"])
         if resume.get("batch") == self._batch() and resume["microbatch"] < stepper.microbatches.size:  # memory ran out
             stepper.microbatches = stepper.microbatches.smaller(resume["microbatch"]) or stepper.microbatches
+        step = loaded["step"]
+        if not is_of_phase(resume, self.job.phase):  # its counters, clock and best loss mean nothing here
+            return RunState(step=step, good_step=step, evaluated_step=step), 0.0
+        self.saved_step = step
         self.origin = Origin(**resume["origin"]) if resume.get("origin") else None
         known = {f.name: resume[f.name] for f in fields(RunState) if f.name in resume}
-        # A kill between the first two files of a save can leave a best loss without its file: the next one is the best.
-        has_best = self.job.world.from_main(ckpt.phase_paths(self.job.phase).best.is_file)
-        step, best = loaded["step"], loaded["best_val_loss"]
+        best = loaded["best_val_loss"]
         state = RunState(**{"good_step": step, "evaluated_step": step, **known, "step": step, "best_val_loss": best})
-        if not has_best:
+        # A kill between the first two files of a save can leave a best loss without its file, or with that of an older
+        # run: the next one is the best.
+        path = ckpt.phase_paths(self.job.phase).best
+        has_best = self.job.world.from_main(lambda: ckpt.is_good(path) and run_of(path) == resume.get("run_id"))
+        if self.options.save_best and not has_best:
             state.best_val_loss = state.best_step = None
-        self.saved_step = step
         self.is_finished, self.finished_seconds = resume.get("is_finished", False), resume.get("finished_s")
         return state, float(resume.get("elapsed_s", 0.0))
+
+    def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        """Load moments. What the settings say stays: PyTorch would put the checkpoint's values in its place."""
+        optimizer, wanted = self.stepper.optimizer, self.options.optimizer
+        held = "muon" if "muon" in state else "adamw"
+        if held != wanted:
+            raise ValueError(
+                f"the checkpoint's optimizer state is of {held}, this run uses {wanted}; set"
+                f' training.{self.job.phase}.optimizer to "{held}" to go on from it'
+            )
+        settings = [{name: group[name] for name in FROM_SETTINGS if name in group} for group in optimizer.param_groups]
+        try:
+            optimizer.load_state_dict(as_sharded(optimizer, state))
+        except ValueError as error:  # the parameters are in other groups
+            raise ValueError(
+                f"the checkpoint's optimizer state does not fit ({error}); give decay_norm_and_bias and"
+                f" decay_embeddings of training.{self.job.phase} the values that it was made with"
+            ) from None
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)
 
     def rollback_point(self, state: RunState) -> tuple[Path | None, bool]:
         """The last good checkpoint and True; else what the run began with (None: random weights) and False."""
@@ -89,14 +117,16 @@ class Saver:
         raise ValueError("there is no sound checkpoint left to roll back to, and training cannot go on from here")
 
     def _warn_of_changes(self, resume: dict[str, Any]) -> None:
-        if resume.get("phase", self.job.phase) != self.job.phase:
+        if not is_of_phase(resume, self.job.phase):
             self.reporter.warn(f"this checkpoint was saved by phase {resume['phase']}, this run is {self.job.phase}")
+            return
         planned = resume.get("total_steps", self.options.total_steps)
         if planned != self.options.total_steps:
             self.reporter.warn(f"total_steps was {planned}, is now {self.options.total_steps}: the schedule changes")
-        for name, now in self._identity().items():
+        for name, now in {"seed": self.options.seed, "batch": self._batch(), **self._identity()}.items():
             if resume.get(name, now) != now:
-                self.reporter.warn(f"{name} was {resume[name]}, is now {now}: the resumed run is not exact to the bit")
+                what = "[micro_B, accum_steps]" if name == "batch" else name
+                self.reporter.warn(f"{what} was {resume[name]}, is now {now}: the resumed run is not exact to the bit")
 
     def _identity(self) -> dict[str, Any]:
         """What the last bits of a result depend on, beyond settings."""

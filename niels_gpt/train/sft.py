@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from niels_gpt import checkpoint as ckpt
 from niels_gpt.batching import Batch, TokenStream
 from niels_gpt.cache.chat_rows import ChatRows, as_chat_row
 from niels_gpt.cache.format import SftExamples
 from niels_gpt.cache.pretrain import open_source
 from niels_gpt.cache.sft import open_mix
+from niels_gpt.checkpoint.loaded import recorded_tokenizer
 from niels_gpt.epochs import TextRows
 from niels_gpt.eval import token_byte_lengths
 from niels_gpt.mixes import open_mixes
@@ -22,12 +24,23 @@ from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.job import Job
 from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import stream_eval
-from niels_gpt.train.report import reporter_for
+from niels_gpt.train.report import Reporter, reporting
 from niels_gpt.train.sample import sampler_for
-from niels_gpt.train.start import Overrides, Start, TimeLimit, eval_shape, fingerprint, start_phase, weighted_metric
+from niels_gpt.train.start import (
+    Overrides,
+    Start,
+    TimeLimit,
+    eval_shape,
+    fingerprint,
+    metric_weights,
+    pretrained_model,
+    start_phase,
+    weighted_metric,
+)
 
 PHASE = "sft"
 TEXT = "text/"  # before the names of replayed sources
+LOSSES = {"pretrain_val_loss": "pretrain", "sft_val_loss": "sft"}  # name in the settings -> of the evaluation
 
 
 def run_sft(
@@ -37,33 +50,53 @@ def run_sft(
     resume_path: str | Path | None = None,
     no_auto_resume: bool = False,
     init_model_path: str | Path | None = None,
+    from_pretrained: bool = False,
     limit: TimeLimit | None = None,
     quiet: bool = False,
     world: World = ALONE,
 ) -> dict[str, Any]:
-    """Fine-tune on chats; `init_model_path` gives the weights of a fresh run (optimizer, step and best start anew).
+    """Fine-tune on chats.
 
-    Returns `TrainResult.record`, last_val_pretrain_loss and last_val_sft_loss.
+    A fresh run has the weights of `init_model_path`; without it but with `from_pretrained`, those that pretraining left
+    here, if they fit; else random ones. Returns `TrainResult.record`, last_val_pretrain_loss and last_val_sft_loss.
     """
     start = start_phase(
         PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit, world=world
     )
     job = sft_job(start)
-    init = Path(init_model_path) if init_model_path is not None and start.resume is None else None
-    reporter = reporter_for(start.world, PHASE, start.resolved.run_id, quiet=quiet)
-    if start.resume is not None:
-        reporter.say(f"resumed from {start.resume}")
-    elif init is not None:
-        reporter.say(f"sft init from {init}")
-    else:
-        reporter.warn("fine-tuning starts from random weights; run the pretrain phase or the pipeline first")
-    try:
+    with reporting(start, quiet=quiet) as reporter:
+        init = _first_weights(start, init_model_path, from_pretrained, reporter) if start.resume is None else None
         result = train(job, device=start.device, reporter=reporter, resume=start.resume, init=init)
-    finally:
-        reporter.close()
     losses = {name: evaluated.loss for name, evaluated in result.last_evals.items()}
     last = {f"last_val_{name}_loss": losses.get(name) for name in ("pretrain", "sft")}
     return {**result.record(), **last}
+
+
+def _first_weights(start: Start, asked: str | Path | None, from_pretrained: bool, reporter: Reporter) -> Path | None:
+    """The checkpoint whose weights a fresh run begins with; None for random ones. Says which."""
+    init, why = None if asked is None else Path(asked), "no others are given"
+    if init is None and from_pretrained:
+        init, why = start.world.from_main(lambda: _pretrained(start))
+    if init is None:
+        reporter.warn(f"fine-tuning starts from random weights: {why}")
+    else:
+        reporter.say(f"sft init from {init}")
+    return init
+
+
+def _pretrained(start: Start) -> tuple[Path | None, str]:
+    try:
+        path = pretrained_model()
+    except RuntimeError as error:
+        return None, str(error)
+    loaded = ckpt.load_checkpoint(path, device="cpu")
+    if recorded_tokenizer(loaded) not in (None, start.tokenizer.sha256):
+        return None, f"{path} was trained with another tokenizer"
+    try:
+        ckpt.check_same_model(loaded, start.resolved.model_cfg, start.resolved.arch)
+    except ValueError as error:
+        return None, f"{path} does not fit: {error}"
+    return path, ""
 
 
 def sft_job(start: Start) -> Job:
@@ -78,6 +111,7 @@ def sft_job(start: Start) -> Job:
         evals["sft"] = _chat_eval(_chat_rows(*open_mix(settings, start.tokenizer, "val"), start), start)
     elif "pretrain" in evals:
         evals["sft"] = evals["pretrain"]
+    _check_measured(start, evals)
     chats = _chat_rows(sources, mix, start)
     text = _replayed_text(start, T)
     return Job(
@@ -85,9 +119,7 @@ def sft_job(start: Start) -> Job:
         resolved=start.resolved,
         batch=chats.batch if text is None else Replay(chats, text, settings.data.replay_pretrain).batch,
         evals=evals,
-        metric=lambda found: weighted_metric(
-            options, {"pretrain_val_loss": found.get("pretrain"), "sft_val_loss": found.get("sft")}
-        ),
+        metric=lambda found: weighted_metric(options, {name: found.get(of) for name, of in LOSSES.items()}),
         tokenizer_model=start.tokenizer_model,
         world=start.world,
         byte_lengths=token_byte_lengths(start.tokenizer),
@@ -95,6 +127,21 @@ def sft_job(start: Start) -> Job:
         data=sft_fingerprint(settings, sources),
         began=start.began,
         deadline=start.deadline,
+    )
+
+
+def _check_measured(start: Start, evals: Iterable[str]) -> None:
+    """ValueError if best.pt is wanted and goes by a loss that nothing here can be measured on."""
+    lost = [name for name in metric_weights(start.options) if LOSSES[name] not in evals]
+    if not lost or not start.options.save_best:
+        return
+    data = start.settings.data
+    own = 'data.val_sft_source to "sft", ' if "sft_val_loss" in lost else ""
+    raise ValueError(
+        f"training.{PHASE}.best_metric needs {' and '.join(lost)}, but there is no validation text of"
+        f" {data.val_pretrain_source} in {data.caches.pretrain_token_cache}; build it with niels-gpt cache build"
+        f" {data.val_pretrain_source} --phase pretrain, or set {own}data.val_pretrain_source to a source that is there"
+        f" or training.{PHASE}.save_best to false"
     )
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from niels_gpt.train.state import Interrupted
+from niels_gpt.command import Interrupted
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -81,7 +81,7 @@ def leaving_on_signals() -> Iterator[None]:
         return
 
     def leave(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(f"stopped by signal {signum} while not training; nothing was lost", 128 + signum)
+        raise Interrupted(f"stopped by signal {signum} with nothing to save", 128 + signum)
 
     previous = {s: signal.signal(s, leave) for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN}
     try:

@@ -108,9 +108,19 @@ def prepare_process(settings: Settings) -> None:
 
 def _run_id_and_flags(phase: str, resume: Path | None, limit: TimeLimit) -> tuple[str, dict[str, Any]]:
     """What a checkpoint to go on from decides: the run it belongs to, and how much of the time limit is used."""
-    record = (ckpt.load_checkpoint(resume, device="cpu")["resume"] if resume is not None else None) or {}
-    kept = record.get("run_id") if record.get("phase") == phase else None
-    return kept or new_run_id(), limit.flags(phase, float(record.get("elapsed_s", 0.0)))
+    record = record_of(phase, resume)
+    return record.get("run_id") or new_run_id(), limit.flags(phase, float(record.get("elapsed_s", 0.0)))
+
+
+def record_of(phase: str, checkpoint: Path | None) -> dict[str, Any]:
+    """The `resume` record of a checkpoint; {} without one, and for what another phase has saved."""
+    found = (ckpt.load_checkpoint(checkpoint, device="cpu")["resume"] if checkpoint is not None else None) or {}
+    return found if is_of_phase(found, phase) else {}
+
+
+def is_of_phase(record: Mapping[str, Any], phase: str) -> bool:
+    """Whether a checkpoint's `resume` record was saved by this phase; one that does not say counts as such."""
+    return bool(record.get("phase", phase) == phase)
 
 
 def find_resume(phase: str, resume_path: str | Path | None, no_auto_resume: bool) -> Path | None:
@@ -121,6 +131,30 @@ def find_resume(phase: str, resume_path: str | Path | None, no_auto_resume: bool
             raise FileNotFoundError(f"cannot resume: there is no checkpoint at {path}")
         return path
     return None if no_auto_resume else ckpt.newest_good(phase)
+
+
+def spent_seconds(phase: str, resume_path: str | Path | None, no_auto_resume: bool) -> float:
+    """Seconds that earlier sessions have used of the run that a phase would go on with; 0 for a fresh one."""
+    return float(record_of(phase, find_resume(phase, resume_path, no_auto_resume)).get("elapsed_s", 0.0))
+
+
+def pretrained_model() -> Path:
+    """The checkpoint fine-tuning starts from: pretraining's best, or its newest where the best is of an older run.
+
+    RuntimeError if there is none.
+    """
+    found, newest = ckpt.phase_paths("pretrain"), ckpt.newest_good("pretrain")
+    if found.best.is_file() and (newest is None or run_of(found.best) == run_of(newest)):
+        return found.best
+    if newest is None:
+        raise RuntimeError(f"pretraining left no checkpoint in {found.step_dir}; run --phase pretrain first")
+    return newest
+
+
+def run_of(path: Path) -> str | None:
+    """The id of the run that a checkpoint was saved by, if it says so."""
+    run_id: str | None = (ckpt.load_checkpoint(path, device="cpu")["resume"] or {}).get("run_id")
+    return run_id
 
 
 def fingerprint(root: str | Path, sources: Iterable[str]) -> dict[str, str]:
@@ -134,10 +168,15 @@ def eval_shape(options: PhaseSettings) -> tuple[int, int]:
     return options.eval_batches or options.eval_steps, options.micro_B_eval or options.micro_B
 
 
-def weighted_metric(options: PhaseSettings, losses: Mapping[str, EvalResult | None]) -> float:
-    """What best.pt minimises: one loss by its settings name, or the weighted sum of several; NaN if one is missing."""
+def metric_weights(options: PhaseSettings) -> dict[str, float]:
+    """What best.pt goes by: the weight of each loss, by its settings name."""
     chosen = {str(name): weight for name, weight in (options.best_metric_weights or {}).items()}
-    weights = chosen or {str(options.best_metric): 1.0}
+    return chosen or {str(options.best_metric): 1.0}
+
+
+def weighted_metric(options: PhaseSettings, losses: Mapping[str, EvalResult | None]) -> float:
+    """What best.pt minimises: one loss by its settings name, or the weighted mean of several; NaN if one is missing."""
+    weights = metric_weights(options)
     total = 0.0
     for name, weight in weights.items():
         result = losses.get(name)

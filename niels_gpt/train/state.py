@@ -9,14 +9,6 @@ from typing import Any
 from niels_gpt.eval import EvalResult
 
 
-class Interrupted(Exception):
-    """A signal ended training after its state was saved; `exit_code` is 128 + the signal's number."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
 @dataclass
 class RunState:
     """What changes while a run goes on, besides weights and optimizer state. Saved with every checkpoint."""

@@ -22,7 +22,7 @@ from niels_gpt.model.loss import IGNORED
 from niels_gpt.optim import build_optimizer, whole
 from niels_gpt.rng import seed_for
 from niels_gpt.train import parallel
-from niels_gpt.train.clock import PhaseClock
+from niels_gpt.train.clock import ActivityClock
 from niels_gpt.train.job import Job
 from niels_gpt.train.memory import DoesNotFit, advice, free_memory, is_out_of_memory
 from niels_gpt.train.microbatches import Microbatches
@@ -43,11 +43,11 @@ class Stepper:
         device: str,
         precision: Precision,
         warn: Callable[[str], None] = print,
-        clock: PhaseClock | None = None,
+        clock: ActivityClock | None = None,
     ) -> None:
         """clock: told what time goes into getting batches."""
         self.job, self.model, self.device, self.precision, self.warn = job, model, device, precision, warn
-        self.options, self.world, self.clock = job.options, job.world, clock or PhaseClock()
+        self.options, self.world, self.clock = job.options, job.world, clock or ActivityClock()
         self.shards = self.world.size > 1 and self.options.parallel == "fsdp"
         if self.shards:
             parallel.shard(model, precision)
@@ -80,7 +80,7 @@ class Stepper:
                 batches = self._batches(step)
             valid = int(self.world.sum(sum(int((batch.y != IGNORED).sum()) for _, batch in batches))[0])
             if not valid:
-                raise ValueError(f"step {step}: no batch holds a token to learn from; check the data of this phase")
+                raise ValueError(f"step {step + 1}: no batch holds a token to learn from; check the data of this phase")
             failure = self._rehearsed(step, batches, valid) if self._rehearsals else None
             if failure is None:
                 try:

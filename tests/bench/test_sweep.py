@@ -13,8 +13,8 @@ from filelock import FileLock
 
 from niels_gpt.bench import sweep
 from niels_gpt.bench.trial import Result, Trial
+from niels_gpt.command import Interrupted
 from niels_gpt.files import whole_json_lines
-from niels_gpt.train.state import Interrupted
 
 GRID = [
     {"T": 32, "C": 32, "L": 1, "H": 2, "d_ff": 64, "amp": False},

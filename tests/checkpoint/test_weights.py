@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from niels_gpt.checkpoint import architecture_of, build_model, load_checkpoint, validate_model_config_match
+from niels_gpt.checkpoint import (
+    architecture_of,
+    build_model,
+    load_checkpoint,
+    load_into,
+    validate_model_config_match,
+)
 from niels_gpt.checkpoint.format import Checkpoint
 from niels_gpt.config import V1, V2, Architecture, to_dict
 from niels_gpt.model.gpt import GPT
@@ -118,7 +124,25 @@ def test_validate_model_config_match_lists_every_difference(tmp_path):
     validate_model_config_match({**loaded, "_raw": 1}, TINY)
     validate_model_config_match(TINY, loaded)
     for name, value in {**to_dict(TINY), "dropout": 0.1, "rope_theta": 1e4}.items():
-        with pytest.raises(ValueError, match=rf"in {name} \(checkpoint {value}, settings {value * 2}\)$"):
+        with pytest.raises(ValueError, match=rf"in model\.{name} \(checkpoint {value}, settings {value * 2}\)$"):
             validate_model_config_match(loaded, {**to_dict(TINY), name: value * 2})
-    with pytest.raises(ValueError, match=r"T \(.*\), dropout \(.*\)"):
+    with pytest.raises(ValueError, match=r"model\.T \(.*\), model\.dropout \(.*\)"):
         validate_model_config_match(loaded, replace(TINY, T=16, dropout=0.0))
+
+
+def test_weights_go_into_the_same_model_only():
+    given = checkpoint(V2, _raw={"qk_norm": True})
+    model = GPT(TINY, V2)
+    load_into(model, given)
+    assert all(torch.equal(value, given["model_state"][name]) for name, value in model.state_dict().items())
+    other = replace(V2, mlp_bias=False, qk_norm=True)
+    settings = (
+        r"model\.mlp_bias \(checkpoint True, settings False\), model\.qk_norm \(checkpoint False, settings True\)$"
+    )
+    with pytest.raises(ValueError, match=settings):
+        load_into(GPT(TINY, other), given)
+    with pytest.raises(ValueError, match=r"model\.T \(.*\), model\.qk_norm \(.*\)$"):
+        load_into(GPT(replace(TINY, T=4), replace(V2, qk_norm=True)), given)
+    given["model_state"]["ln_f.weight"][3] = torch.nan
+    with pytest.raises(ValueError, match=r"ln_f\.weight holds NaN"):
+        load_into(model, given)

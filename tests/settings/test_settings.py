@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from niels_gpt import files, paths
 from niels_gpt.config import NEW, V1
@@ -34,6 +36,14 @@ def test_every_knob_has_a_line_of_help() -> None:
                 check(field.annotation)
 
     check(Settings)
+
+
+def test_a_resolved_run_cannot_be_changed() -> None:
+    resolved = resolve_settings("pretrain")
+    with pytest.raises(FrozenInstanceError):
+        resolved.run_id = "other"  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        resolved.settings.model.L = 2  # type: ignore[misc]
 
 
 def test_defaults_cannot_be_poisoned_through_a_resolved_run() -> None:

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 
 from niels_gpt import checkpoint as ckpt
+from niels_gpt.command import Interrupted
 from niels_gpt.train import evaluation, pretrain, sft, step
 from niels_gpt.train.pipeline import run_pipeline
 from niels_gpt.train.saving import Saver
 from niels_gpt.train.signals import leaving_on_signals
-from niels_gpt.train.state import Interrupted
 from tests.train import workshop
 
 PHASES = ("pretrain", "sft")

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from niels_gpt.batching import Batch
+from niels_gpt.command import Interrupted
 from niels_gpt.train.distributed import World, joined
-from niels_gpt.train.loop import Interrupted, Loop, train
+from niels_gpt.train.loop import Loop, train
 from niels_gpt.train.pretrain import pretrain_job, run_pretrain
 from niels_gpt.train.report import reporter_for
 from niels_gpt.train.start import start_phase

@@ -19,11 +19,12 @@ from niels_gpt import checkpoint as ckpt
 from niels_gpt.batching import Batch
 from niels_gpt.cache.pretrain import build_pretrain
 from niels_gpt.checkpoint import format as checkpoint_format
+from niels_gpt.command import Interrupted
 from niels_gpt.eval import EvalResult
 from niels_gpt.model.loss import IGNORED
 from niels_gpt.settings import SftPhaseSettings, validate_overrides
 from niels_gpt.tokenizer import SentencePieceTokenizer
-from niels_gpt.train.loop import Interrupted, train
+from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import pretrain_job, run_pretrain
 from niels_gpt.train.report import Reporter
 from niels_gpt.train.run import main
@@ -85,6 +86,10 @@ def test_replay_puts_rows_of_text_among_the_chats(world: dict[str, Any]) -> None
     assert (plain.y[1::2] == IGNORED).any()
     assert torch.equal(loop.job.batch(29, 1).x, mixed.x[1:2])  # however the rows are cut
     assert loop.train_step(0).applied
+    world["sft_format"] = {"include_eot_in_loss": False}
+    mixed = workshop.make_loop(world, "sft").job.batch(0, 64)
+    eot = loop.job.resolved.special_token_ids["eot"]  # of a chat it ends the turn, of a text the document
+    assert not (mixed.y[::2] == eot).any() and (mixed.y[1::2] == eot).any() and not (mixed.y[1::2] == IGNORED).any()
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -133,6 +138,23 @@ def test_fine_tuning_measures_what_it_learns_and_what_it_forgets(world: dict[str
     assert result["best_val_loss"] == pytest.approx(mean, rel=0.05)
 
 
+def test_a_best_that_nothing_can_be_measured_for_is_refused_at_once(world: dict[str, Any]) -> None:
+    """Without its validation cache there would never be a best.pt, and nothing would say so."""
+    world["data"] |= {"val_sft_source": "wikitext", "val_pretrain_source": "chitchat"}
+    with pytest.raises(
+        ValueError, match=r'needs sft_val_loss, .* build chitchat .* or set data\.val_sft_source to "sft"'
+    ):
+        workshop.make_loop(world, "sft")
+    with pytest.raises(
+        ValueError, match=r"needs pretrain_val_loss, .* or set data\.val_pretrain_source to a source th"
+    ):
+        workshop.make_loop(world, "sft", best_metric="pretrain_val_loss")
+    assert dict(workshop.make_loop(world, "sft", save_best=False).job.evals) == {}  # nothing is wanted
+    world["data"]["val_pretrain_source"] = "primer"
+    evals = workshop.make_loop(world, "sft", save_best=True).job.evals
+    assert evals["sft"] is evals["pretrain"]
+
+
 def test_ids_beyond_the_vocabulary_are_named(world: dict[str, Any]) -> None:
     loop = workshop.make_loop(world)
     bad = Batch(torch.full((1, 4), workshop.V), torch.zeros(1, 4, dtype=torch.int64))
@@ -141,7 +163,7 @@ def test_ids_beyond_the_vocabulary_are_named(world: dict[str, Any]) -> None:
         loop.train_step(0)
 
 
-def test_a_signal_saves_at_the_next_step_and_says_how_to_go_on(world: dict[str, Any]) -> None:
+def test_a_signal_saves_at_the_next_step(world: dict[str, Any]) -> None:
     start = start_phase("pretrain", world, device="cpu", resume_path=None, no_auto_resume=True)
     job = pretrain_job(start)
     draw = job.batch
@@ -152,7 +174,7 @@ def test_a_signal_saves_at_the_next_step_and_says_how_to_go_on(world: dict[str, 
         return draw(first, rows)
 
     object.__setattr__(job, "batch", interrupting)
-    with pytest.raises(Interrupted, match="Run the same command again") as stopped:
+    with pytest.raises(Interrupted, match=r"after step 3; saved to checkpoints/pretrain/latest\.pt$") as stopped:
         train(job, device="cpu", reporter=Reporter("pretrain", "r", quiet=True))
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert ckpt.load_checkpoint("checkpoints/pretrain/latest.pt", device="cpu")["step"] == 3
@@ -204,9 +226,10 @@ def test_auto_resume_looks_at_its_own_phase_only(world: dict[str, Any], capsys: 
     assert "resumed from" not in capsys.readouterr().out
     run_pretrain(world, device="cpu", resume_path="elsewhere/latest.pt")
     assert "resumed from elsewhere/latest.pt" in capsys.readouterr().out
-    world["model"]["C"] = 16
-    with pytest.raises(ValueError, match=r"C \(checkpoint 32, settings 16\)"):
-        run_pretrain(world, device="cpu", resume_path="elsewhere/latest.pt")
+    for name, value, before in (("qk_norm", False, True), ("C", 16, 32)):
+        changed = {**world, "model": {**world["model"], name: value}}
+        with pytest.raises(ValueError, match=rf"model\.{name} \(checkpoint {before}, settings {value}\)$"):
+            run_pretrain(changed, device="cpu", resume_path="elsewhere/latest.pt")
 
 
 def test_a_damaged_latest_falls_back_loudly(world: dict[str, Any], capsys: Any) -> None:
@@ -235,7 +258,7 @@ def test_a_closed_output_ends_training_quietly(tmp_path: Path, tiny_tokenizer: S
         process.stdout.close()
         err = process.stderr.read()
     assert process.returncode == 1
-    assert err in ("", "the output was closed, so training stopped; the same command goes on\n")
+    assert err in ("", "the output was closed; run the same command again to go on\n")
 
 
 def test_a_best_loss_without_its_file_is_forgotten(world: dict[str, Any]) -> None:

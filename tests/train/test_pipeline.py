@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from niels_gpt import checkpoint as ckpt
-from niels_gpt.train.loop import Interrupted, Loop
-from niels_gpt.train.pipeline import run_pipeline, shares
+from niels_gpt.command import Interrupted
+from niels_gpt.train import pipeline as pipeline_module
+from niels_gpt.train.loop import Loop
+from niels_gpt.train.pipeline import budget_shares, pipeline_configs, run_pipeline
+from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.run import main
-from niels_gpt.train.start import TimeLimit
+from niels_gpt.train.saving import Origin
+from niels_gpt.train.start import TimeLimit, pretrained_model
 from tests.train import workshop
 
 
@@ -69,12 +75,17 @@ def test_other_weights_of_pretraining_make_fine_tuning_start_afresh(
 
 
 def test_a_budget_is_shared_out_and_what_is_left_is_for_fine_tuning(pipeline: Path) -> None:
-    found = shares(TimeLimit(10.0), "both.json")
+    found = budget_shares(TimeLimit(10.0), "both.json")
     assert found["pretrain"].minutes == pytest.approx(9) and found["sft"].minutes == pytest.approx(1)
     deadline = time.time() + 600
-    found = shares(TimeLimit(deadline=deadline), "both.json")
+    found = budget_shares(TimeLimit(deadline=deadline), "both.json")
     assert found["pretrain"].deadline == pytest.approx(deadline - 60, abs=1) and found["sft"].deadline == deadline
-    assert shares(TimeLimit(), "both.json")["sft"] == TimeLimit()
+    assert budget_shares(TimeLimit(), "both.json")["sft"] == TimeLimit()
+
+    found = budget_shares(
+        TimeLimit(deadline=deadline), "both.json", spent=400
+    )  # of 1,000 seconds 900 are pretraining's
+    assert found["pretrain"].deadline == pytest.approx(time.time() + 500, abs=60)
 
     arguments = ["--phase", "pipeline", "--config", str(pipeline), "--device", "cpu", "--minutes", "0.05"]
     assert main(arguments) == 0
@@ -89,3 +100,94 @@ def test_print_config_shows_the_shares(pipeline: Path, capsys: pytest.CaptureFix
     shown = json.loads(capsys.readouterr().out)
     assert shown["pretrain"]["training"]["pretrain"]["minutes"] == pytest.approx(18)
     assert shown["sft"]["training"]["sft"]["minutes"] == pytest.approx(2)
+
+
+def fine_tune(config: dict[str, Any], *flags: str) -> dict[str, Any]:
+    """One step of `--phase sft`; the record it leaves."""
+    config["training"]["sft"] |= {"total_steps": 1, "warmup_steps": 0}
+    Path("sft.json").write_text(json.dumps(config))
+    assert main(["--phase", "sft", "--config", "sft.json", "--device", "cpu", *flags]) == 0
+    return record("sft")
+
+
+def test_fine_tuning_alone_starts_from_what_pretraining_left(
+    world: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fine_tune(world)["origin"] is None
+    said = capsys.readouterr().err
+    assert "fine-tuning starts from random weights: pretraining left no checkpoint in checkpoints/pretrain" in said
+    best = run_pretrain(world, device="cpu", quiet=True)["best_path"]
+    assert fine_tune(world)["origin"] is None  # it goes on with its own
+    assert "resumed from checkpoints/sft/latest.pt" in capsys.readouterr().out
+    assert fine_tune(world, "--no-resume")["origin"] == vars(Origin.of(best, ckpt.load_checkpoint(best, device="cpu")))
+    assert f"sft init from {best}" in capsys.readouterr().out
+    world["model"]["T"] = workshop.T // 2
+    assert fine_tune(world, "--no-resume")["origin"] is None
+    expected = (
+        f"random weights: {best} does not fit: the checkpoint's model differs from the settings in model.T (checkpo"
+    )
+    assert expected in capsys.readouterr().err
+
+
+def test_the_best_of_an_older_run_is_not_fine_tuned(world: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match="pretraining left no checkpoint in checkpoints/pretrain; run --phase pret"):
+        pretrained_model()
+    world["training"]["pretrain"] |= {"total_steps": 1, "warmup_steps": 0}
+    run_pretrain(world, device="cpu", quiet=True)
+    found = ckpt.phase_paths("pretrain")
+    assert pretrained_model() == found.best
+    world["training"]["pretrain"] |= {"save_best": False}
+    run_pretrain(world, device="cpu", quiet=True, no_auto_resume=True)
+    assert found.best.is_file() and pretrained_model() == found.latest
+    found.best.unlink()
+    assert pretrained_model() == found.latest
+
+
+def test_time_that_an_unrelated_run_has_used_does_not_count(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fresh start and a checkpoint from elsewhere take nothing of the time from what lies in the folder."""
+    main(["--phase", "pretrain", "--config", "both.json", "--device", "cpu"])
+    real = ckpt.load_checkpoint
+
+    def old(path: Any, **how: Any) -> ckpt.Checkpoint:
+        loaded = real(path, **how)
+        (loaded["resume"] or {})["elapsed_s"] = 36000.0 if "pretrain" in str(path) else 6000.0
+        return loaded
+
+    shutil.copy(ckpt.phase_paths("pretrain").latest, "elsewhere.pt")
+    monkeypatch.setattr(ckpt, "load_checkpoint", old)
+    until = datetime.fromtimestamp(time.time() + 60000).isoformat()
+
+    def planned(*flags: str) -> float:
+        capsys.readouterr()
+        arguments = ["--phase", "pipeline", "--config", str(pipeline), "--until", until, "--print_config", *flags]
+        assert main(arguments) == 0
+        minutes: float = json.loads(capsys.readouterr().out)["pretrain"]["training"]["pretrain"]["minutes"]
+        return minutes * 60
+
+    seen: list[float] = []
+
+    def pretrain(*_: Any, limit: TimeLimit, **__: Any) -> dict[str, Any]:
+        assert limit.deadline is not None
+        seen.append(limit.deadline - time.time())
+        return {}
+
+    monkeypatch.setattr(pipeline_module, "run_pretrain", pretrain)
+    monkeypatch.setattr(pipeline_module, "run_sft", lambda *_, **__: {})
+    for flags, how, spent in (
+        ([], {}, 36000.0),
+        (["--no-resume"], {"no_auto_resume": True}, 0.0),
+        (["--resume", "elsewhere.pt"], {"resume_path": "elsewhere.pt"}, 6000.0),
+    ):
+        whole = 0.9 * (60000 + spent)
+        run_pipeline(pipeline, device="cpu", limit=TimeLimit(deadline=time.time() + 60000), **how)  # type: ignore[arg-type]
+        assert seen.pop() == pytest.approx(whole - spent, abs=200)
+        assert planned(*flags) == pytest.approx(whole, abs=200)
+
+
+def test_paths_that_are_no_text_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.json"
+    path.write_text(json.dumps({"pretrain_config_path": "a.json", "sft_config_path": 3}))
+    with pytest.raises(ValueError, match=r"pipeline\.json: sft_config_path must be the path of a config file, not 3"):
+        pipeline_configs(path)

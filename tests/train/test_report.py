@@ -22,7 +22,7 @@ from niels_gpt.train import clock as clock_module
 from niels_gpt.train.bar import Bar, fitting
 from niels_gpt.train.board import open_board
 from niels_gpt.train.chart import MOST_POINTS, Chart, Curve
-from niels_gpt.train.clock import PHASES, PhaseClock, shares
+from niels_gpt.train.clock import ACTIVITIES, ActivityClock, shares
 from niels_gpt.train.metrics import MetricsFile, read_metrics
 from niels_gpt.train.report import Rate, Reporter, StepReport, one_line
 from niels_gpt.train.runs_cli import main as runs
@@ -111,7 +111,7 @@ def test_what_is_recorded_can_be_read_by_any_json_reader() -> None:
     assert step["loss"] is None and step["loss_hex"] == "nan" and step["mfu"] == pytest.approx(0.4)
     assert evaluated["bits_per_byte"] == {"wiki": pytest.approx(1.8)} and evaluated["metric"] is None
     assert evaluated["sample"] == {"prompt": "a", "text": "b"}
-    assert set(spent["seconds"]) == set(PHASES)
+    assert set(spent["seconds"]) == set(ACTIVITIES)
 
 
 def test_the_rate_is_that_of_the_last_steps() -> None:
@@ -152,7 +152,7 @@ def test_parts_that_do_not_fit_are_left_out_whole() -> None:
 def test_every_second_belongs_to_one_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(clock_module.time, "perf_counter", lambda: now[0])
-    clock = PhaseClock()
+    clock = ActivityClock()
     now[0] += 1
     with clock("step"):
         now[0] += 2
@@ -182,11 +182,12 @@ def test_metrics_outlive_a_full_disk(capsys: pytest.CaptureFixture[str]) -> None
             metrics.record({**entry, "step": step})
         assert [e["step"] for e in read_metrics(path)] == [1, 2]
         assert path.read_text().endswith("}\n")  # no half line
+        assert [e["step"] for e in metrics.reopen("pretrain", 4)] == [1, 2, 3, 4]  # a rollback forgets what waits, too
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    metrics.record({**entry, "step": 6})
+    metrics.record({**entry, "step": 5})
     metrics.close()
-    assert [e["step"] for e in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in read_metrics(path)] == [1, 2, 3, 4, 5]
     assert len(warnings) == 1 and "training goes on" in warnings[0]
 
 
