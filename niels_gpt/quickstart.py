@@ -25,7 +25,7 @@ from niels_gpt.device import get_device
 from niels_gpt.plan.recipe import seeded, tuned, with_minutes
 from niels_gpt.settings import PHASES, Settings, validate_overrides
 from niels_gpt.summary import Summary, measure, show
-from niels_gpt.train.prepare import compile_kernels, make_caches, make_tokenizer, set_other_runs_aside, step
+from niels_gpt.train.prepare import compile_kernels, make_caches, make_tokenizer, set_other_runs_aside, stage
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.sft import run_sft
 from niels_gpt.train.start import pretrained_model
@@ -73,8 +73,8 @@ def _run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     plan = make_plan(args.minutes, args.seed)
     console.print(f"niels-gpt quickstart: {args.minutes:g} minutes of training in {Path.cwd()}", markup=False)
-    tokenizer = step(console, "1/5 tokenizer", lambda say: make_tokenizer(plan.settings, plan.seed, say))
-    step(console, "2/5 caches", lambda say: make_caches(plan.settings, tokenizer, say))
+    tokenizer = stage(console, "1/5 tokenizer", lambda say: make_tokenizer(plan.settings, plan.seed, say))
+    stage(console, "2/5 caches", lambda say: make_caches(plan.settings, tokenizer, say))
     compile_kernels(plan.settings, None, console)
     began = time.perf_counter()
     trained = train_both(plan, console)
@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     best = paths.CHECKPOINT_DIR / "best.pt"
     loaded = ckpt.load_model(best, device=get_device())
     system = system_prompt()
-    summary: Summary = step(console, "5/5 summary", lambda say: measure(loaded, plan.settings, trained, system, say))
+    summary: Summary = stage(console, "5/5 summary", lambda say: measure(loaded, plan.settings, trained, system, say))
     show(console, summary, seconds)
     if not args.no_chat and sys.stdin.isatty() and sys.stdout.isatty():
         console.print("\nChat with it (/help for commands, /exit to leave):", markup=False)

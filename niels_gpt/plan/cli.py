@@ -19,7 +19,7 @@ from niels_gpt import files
 from niels_gpt.command import exit_status
 from niels_gpt.plan.planning import LONGEST, SHORTEST, make_plan
 from niels_gpt.plan.table import show, wide_console
-from niels_gpt.train.prepare import step
+from niels_gpt.train.prepare import stage
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,16 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.memory_gb is not None and not args.memory_gb > 0:
         parser.error("--memory-gb must be above 0")
     if args.out is not None and Path(args.out).is_dir():
-        parser.error(
-            f"--out {args.out} is a folder; give it the name of a file, such as {Path(args.out) / 'plan.json'}"
-        )
+        parser.error(f"--out {args.out} is a folder; give a file, such as {Path(args.out) / 'plan.json'}")
     expected = (ValueError, OSError, RuntimeError)
     return exit_status(lambda: _run(args), stopped="interrupted; nothing was written", expected=expected)
 
 
 def _run(args: argparse.Namespace) -> int:
     said = Console(stderr=True, highlight=False, soft_wrap=True)
-    plan = step(
+    plan = stage(
         said,
         "planning",
         lambda say: make_plan(

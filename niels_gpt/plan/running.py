@@ -27,7 +27,7 @@ from niels_gpt.plan.table import clock
 from niels_gpt.settings import PHASES, Settings, validate_overrides
 from niels_gpt.train.distributed import is_torchrun
 from niels_gpt.train.pipeline import run_pipeline
-from niels_gpt.train.prepare import Say, compile_kernels, make_caches, make_tokenizer, set_other_runs_aside, step
+from niels_gpt.train.prepare import Say, compile_kernels, make_caches, make_tokenizer, set_other_runs_aside, stage
 from niels_gpt.train.start import TimeLimit
 
 KEPT = "plan.json"  # in the folder of a run
@@ -48,8 +48,8 @@ def run_planned(path: Path, *, device: str | None = None, no_resume: bool = Fals
     console = Console(highlight=False, soft_wrap=True)
     total = chosen["total_seconds"]
     console.print(f"{path}: {chosen['name']}, {clock(total)} in {Path.cwd()}", markup=False)
-    tokenizer = step(console, "1/4 tokenizer", lambda say: make_tokenizer(settings, record["seed"], say))
-    step(console, "2/4 caches", lambda say: make_caches(settings, tokenizer, say))
+    tokenizer = stage(console, "1/4 tokenizer", lambda say: make_tokenizer(settings, record["seed"], say))
+    stage(console, "2/4 caches", lambda say: make_caches(settings, tokenizer, say))
     compile_kernels(settings, chosen_device, console)
     set_other_runs_aside(settings, console, any_budget=True)
     earlier = 0.0 if no_resume else sum(trained.seconds for trained in _trained().values())
@@ -62,7 +62,7 @@ def run_planned(path: Path, *, device: str | None = None, no_resume: bool = Fals
     finally:
         _keep(record)
     windows = chosen["evaluated_windows"]
-    bits = step(console, "4/4 evaluation", lambda say: _bits(settings, chosen_device, windows, say))
+    bits = stage(console, "4/4 evaluation", lambda say: _bits(settings, chosen_device, windows, say))
     steps = {phase: trained.steps for phase, trained in _trained().items()}
     actual = {
         "seconds": earlier + time.time() - began,

@@ -33,8 +33,8 @@ Say = Callable[[str], None]
 T = TypeVar("T")
 
 
-def step(console: Console, title: str, work: Callable[[Say], T]) -> T:
-    """Run one step with a spinner and elapsed time on a terminal, and one line that says what came of it."""
+def stage(console: Console, title: str, work: Callable[[Say], T]) -> T:
+    """Run one stage with a spinner and elapsed time on a terminal, and one line that says what came of it."""
     began = time.perf_counter()
     outcome: list[str] = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
