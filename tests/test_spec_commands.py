@@ -72,7 +72,7 @@ ELSEWHERE = {  # a beginning of commands -> what runs them: a test or a file, an
     "niels-gpt bench": SWEEP,
     "niels-gpt plan": ("tests/plan/test_planning.py::test_the_command", '"plan", "--hours"'),
     "niels-gpt train --plan": ("tests/plan/test_running.py::carried_out", '"train", "--plan", "plan.json"'),
-    "niels-gpt doctor": ("tests/doctor/test_cli.py::test_a_machine_that_works", "doctor(capsys)"),
+    "niels-gpt doctor": ("tests/doctor/test_cli.py::test_a_machine_that_works", "doctor(capsys, "),
     "python tools/audit_config_coverage.py": (
         "tests/test_audit.py::test_the_tool_runs_from_a_bare_checkout",
         "tools/audit_config_coverage.py",
