@@ -1,8 +1,8 @@
 """The likeliest replies to many prompts at once: every prompt has its own row of one cache, its own length and end.
 
 A free row takes the next prompt, so that rows do not wait for the longest reply. What all prompts begin with (a system
-prompt) is read once, the rest of each alone; then all open rows advance together. Each prompt gets the reply that it
-gets alone, but for ties in the last bits of float32.
+prompt) is read once, in one pass; then all open rows advance together, an id at a time, through the rest of their
+prompts and their replies. Each prompt gets the reply that it gets alone, but for ties in the last bits of float32.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def greedy_replies(
 
 
 def shared_beginning(texts: Sequence[list[int]]) -> list[int]:
-    """What all texts begin with, but for at least one id of each; [] for a single text, which shares with nobody."""
-    if len(texts) < 2:
-        return []
+    """What all texts begin with, but for at least one id of each."""
     one, other = min(texts), max(texts)
     same = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
     return one[: min(same, min(map(len, texts)) - 1)]
@@ -66,7 +64,7 @@ def shared_beginning(texts: Sequence[list[int]]) -> list[int]:
 def _turns(engine: Engine, texts: dict[int, list[int]], is_open: Callable[[int], bool]) -> Iterator[dict[int, Outlook]]:
     """Every turn, what comes next in each of the open texts (index -> outlook); the reader then adds one id to each.
 
-    is_open: whether a text goes on; if not, its row takes the next one.
+    is_open: whether a text goes on; if not, its row takes the next one. A text whose prompt is still read is left out.
     """
     waiting, shared = deque(texts), shared_beginning(list(texts.values()))
     taken: dict[int, int] = {}  # row -> text
@@ -84,19 +82,14 @@ def _turns(engine: Engine, texts: dict[int, list[int]], is_open: Callable[[int],
                 return
             with torch.inference_mode():  # never around a yield: the mode would reach whoever reads
                 expected = _advance(engine, {row: texts[i] for row, i in taken.items()}, held)
-            yield {i: expected[row] for row, i in taken.items()}
+            if expected:
+                yield {taken[row]: outlook for row, outlook in expected.items()}
 
 
 def _advance(engine: Engine, texts: dict[int, list[int]], held: dict[int, int]) -> dict[int, Outlook]:
-    """Feed each row what it lacks of its text; updates `held`. Rows that lack one token go together."""
-    ready = [row for row, ids in texts.items() if held[row] == len(ids) - 1]
-    expected: dict[int, Outlook] = {}
-    if ready:
-        tokens = [texts[row][-1] for row in ready]
-        outlooks = engine.step(ready, tokens, [held[row] for row in ready])
-        expected = dict(zip(ready, outlooks, strict=True))
-    for row, ids in texts.items():
-        if row not in expected:  # new
-            expected[row] = engine.prefill(row, ids[held[row] :], held[row])
-        held[row] = len(ids)
-    return expected
+    """Feed each row the next id that it lacks, all rows together; the outlooks of those that now lack none."""
+    rows = list(texts)
+    outlooks = engine.step(rows, [texts[row][held[row]] for row in rows], [held[row] for row in rows])
+    for row in rows:
+        held[row] += 1
+    return {row: outlook for row, outlook in zip(rows, outlooks, strict=True) if held[row] == len(texts[row])}

@@ -59,7 +59,7 @@ def test_what_all_prompts_begin_with_is_read_once(rows: int, native: bool, monke
     monkeypatch.setattr(Engine, "__init__", engine)
     monkeypatch.setattr(Engine, "_pass", counted)
     assert greedy_replies(model, prompts, max_new_tokens=10, stop_ids=set(), max_rows=rows) == expected
-    assert read[0] == 9 and sorted(n for n in read[1:] if n > 1) == [3, 5, 8, 12]
+    assert read[0] == 9 and max(read[1:], default=1) == 1
     assert len({token for reply in expected for token in reply}) > 10
 
 
@@ -71,8 +71,8 @@ def test_what_all_prompts_begin_with_is_read_once(rows: int, native: bool, monke
         ([[1, 2], [1, 2]], [1]),
         ([[1], [1, 2]], []),
         ([[1, 2], [2, 2]], []),
-        ([[1, 2, 3]], []),
-        ([], []),
+        ([[1, 2, 3]], [1, 2]),
+        ([[1]], []),
     ],
 )
 def test_the_shared_beginning(texts: list[list[int]], shared: list[int]) -> None:
