@@ -12,18 +12,18 @@ import pytest
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.train.loop import Loop
-from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.run import main
 from niels_gpt.train.start import TimeLimit, start_phase
 from niels_gpt.train.state import RunState
 from tests.train import workshop
 
 
-def saved(world: dict[str, Any], **changes: Any) -> Loop:
-    """A run that has saved after a step."""
+def saved(world: dict[str, Any], best: float | None = None, **changes: Any) -> Loop:
+    """A run that has saved after a step; with a best loss, as its best."""
     loop = workshop.make_loop(world, **changes)
     loop._one_step()
-    loop._save(False)
+    loop.state.best_val_loss, loop.state.best_step = best, None if best is None else 1
+    loop._save(best is not None)
     return loop
 
 
@@ -83,16 +83,16 @@ def test_another_seed_or_batch_is_warned_of(world: dict[str, Any], capsys: pytes
 
 
 def test_the_best_loss_is_remembered_without_its_file_where_none_is_kept(world: dict[str, Any]) -> None:
-    best = run_pretrain(world, device="cpu", quiet=True)["best_val_loss"]
+    saved(world, best=0.5)
     ckpt.phase_paths("pretrain").best.unlink()
     assert workshop.make_loop(world, resume=True).state.best_val_loss is None
     resumed = workshop.make_loop(world, resume=True, save_best=False)
-    assert resumed.state.best_val_loss == best and resumed.state.best_step == 12
+    assert (resumed.state.best_val_loss, resumed.state.best_step) == (0.5, 1)
 
 
 def test_a_best_file_of_an_older_run_is_replaced(world: dict[str, Any]) -> None:
     """A fresh run in its folder is killed after its first step file, before it has a best.pt of its own."""
-    run_pretrain(world, device="cpu", quiet=True)
+    saved(world, best=0.5)
     fresh = workshop.make_loop(world)
     fresh._one_step()
     fresh.state.best_val_loss = 0.1
