@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from niels_gpt import spm_training
 from niels_gpt.data.registry import canonical_name, forget_text, get_source
+from niels_gpt.data.types import SPLITS
 from niels_gpt.device import memory_in_use, peak_memory, return_freed_memory, usable_cores
 from niels_gpt.settings import Settings
 from niels_gpt.special_tokens import SPECIAL_TOKEN_IDS
@@ -19,7 +20,6 @@ TOKEN_BYTES, LABEL_BYTES, DOCUMENT_BYTES = 2, 4, 24  # in caches: ids, labels of
 CHAT_DOCUMENT_BYTES = 8
 META_BYTES = 2000
 TURN_TOKENS = 2  # sentinels around a message of a chat
-SPLITS = ("train", "val")
 SAMPLE_BYTES = 1_000_000  # of text that is tokenized to see how fast that goes
 WORKERS_START_S = 2.0  # starting the processes that tokenize
 TOKENIZER_BYTES = 12_000_000  # of text that a tokenizer is trained on in a probe; more is scaled up
