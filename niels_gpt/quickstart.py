@@ -82,7 +82,9 @@ def _run(args: argparse.Namespace) -> int:
     best = paths.CHECKPOINT_DIR / "best.pt"
     loaded = ckpt.load_model(best, device=get_device())
     system = system_prompt()
-    summary: Summary = stage(console, "5/5 summary", lambda say: measure(loaded, plan.settings, trained, system, say))
+    summary: Summary = stage(
+        console, "5/5 summary", lambda say: measure(loaded, pretrained_model(), plan.settings, trained, system, say)
+    )
     show(console, summary, seconds)
     if not args.no_chat and sys.stdin.isatty() and sys.stdout.isatty():
         console.print("\nChat with it (/help for commands, /exit to leave):", markup=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from niels_gpt import paths
 from niels_gpt.cache.pretrain import open_mix
-from niels_gpt.checkpoint import LoadedModel, load_model, phase_paths
+from niels_gpt.checkpoint import LoadedModel, load_model
 from niels_gpt.data.registry import get_source
 from niels_gpt.eval import byte_unigram_bits, held_out_bits, window_starts
 from niels_gpt.recall import Recall, held_out_questions, likeliest_replies, measure_recall, trained_questions
@@ -50,15 +51,19 @@ class Summary:
 
 def measure(
     loaded: LoadedModel,
+    base: Path,
     settings: Settings,
     trained: Mapping[str, Mapping[str, Any]],
     system: str,
     say: Callable[[str], None],
 ) -> Summary:
-    """Measure the finished model; everything here is computed now, from the files it was trained with."""
+    """Measure the finished model; everything here is computed now, from the files it was trained with.
+
+    base: the checkpoint that fine-tuning started from.
+    """
     share = min(1.0, sum(getattr(settings.training, phase).minutes for phase in trained) / FULL_AFTER_MINUTES)
     say("bits per byte")
-    scores = source_scores(loaded, settings, share)
+    scores = source_scores(loaded, base, settings, share)
     say("primer recall")
     questions = trained_questions(settings)
     trained_recall = measure_recall(loaded, sample_of(questions, share), system=system)
@@ -86,12 +91,12 @@ def sample_of(questions: dict[str, list[str]], share: float) -> dict[str, list[s
     return {names[i * len(names) // asked]: questions[names[i * len(names) // asked]] for i in range(asked)}
 
 
-def source_scores(loaded: LoadedModel, settings: Settings, share: float = 1.0) -> dict[str, SourceScore]:
+def source_scores(loaded: LoadedModel, base: Path, settings: Settings, share: float = 1.0) -> dict[str, SourceScore]:
     """Bits per byte of every pretraining source before and after fine-tuning, on the same windows of its validation
     split: a share of them, evenly spread.
     """
     device = loaded.model.tok_emb.weight.device.type
-    base = load_model(phase_paths("pretrain").best, device=device).model
+    pretrained = load_model(base, device=device).model
     streams, _ = open_mix(settings, loaded.tokenizer, "val", settings.model.T)
     scores = {}
     for name, stream in streams.items():
@@ -101,7 +106,8 @@ def source_scores(loaded: LoadedModel, settings: Settings, share: float = 1.0) -
         unigram = byte_unigram_bits(texts["train"], texts["val"])
         most = max(FEWEST_WINDOWS, round(share * len(window_starts(stream, settings.model.T))))
         before, after = (
-            held_out_bits(model, stream, loaded.tokenizer, settings, max_windows=most) for model in (base, loaded.model)
+            held_out_bits(model, stream, loaded.tokenizer, settings, max_windows=most)
+            for model in (pretrained, loaded.model)
         )
         scores[name] = SourceScore(before.value, after.value, unigram, after.text_bytes)
     return scores
