@@ -21,6 +21,7 @@ from niels_gpt import checkpoint as ckpt
 from niels_gpt import paths
 from niels_gpt.chat import build_options, run_chat, system_prompt
 from niels_gpt.command import exit_status
+from niels_gpt.console import wide_console
 from niels_gpt.device import get_device
 from niels_gpt.plan.recipe import seeded, tuned, with_minutes
 from niels_gpt.settings import PHASES, Settings, validate_overrides
@@ -85,7 +86,7 @@ def _run(args: argparse.Namespace) -> int:
     summary: Summary = stage(
         console, "5/5 summary", lambda say: measure(loaded, pretrained_model(), plan.settings, trained, system, say)
     )
-    show(console, summary, seconds)
+    show(wide_console(), summary, seconds)
     if not args.no_chat and sys.stdin.isatty() and sys.stdout.isatty():
         console.print("\nChat with it (/help for commands, /exit to leave):", markup=False)
         return run_chat(loaded, build_options(loaded.settings, system))

@@ -15,6 +15,7 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
         "files",
         "child",
         "command",
+        "console",
         "rng",
         "device",
         "machine",

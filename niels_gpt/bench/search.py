@@ -14,10 +14,10 @@ class Measured(Protocol):
 
 
 def largest_microbatch(measure: Callable[[int], Measured], limit: int) -> int:
-    """The largest of the sizes 1..limit that works, 0 if none does. A size works if its status is ok; with an error,
-    which is no matter of size, the search ends.
+    """The largest of the sizes 1..limit that was seen to work, 0 if none does. A size works if its status is ok.
 
-    Afterwards half of the largest is measured too: the largest is often not the fastest.
+    With an error, which is no matter of size, the search ends; so it does with a timeout: sizes near it would take as
+    long to tell no more, and they are seldom the fastest. Half of the largest is measured too, as it often is faster.
     """
     results: dict[int, Measured] = {}
 
@@ -26,8 +26,8 @@ def largest_microbatch(measure: Callable[[int], Measured], limit: int) -> int:
             results[size] = measure(size)
         return results[size].status == "ok"
 
-    def broken() -> bool:
-        return any(result.status == "error" for result in results.values())
+    def met(*statuses: str) -> bool:
+        return any(result.status in statuses for result in results.values())
 
     low, size = 0, 1
     while size <= limit and works(size):
@@ -36,9 +36,9 @@ def largest_microbatch(measure: Callable[[int], Measured], limit: int) -> int:
             break
         size = min(2 * size, limit)
     high = size  # fails, unless it is the limit
-    while high - low > 1 and not broken():
+    while high - low > 1 and not met("error", "timeout"):
         middle = (low + high) // 2
         low, high = (middle, high) if works(middle) else (low, middle)
-    if low > 1 and not broken():
+    if low > 1 and not met("error"):
         works(low // 2)
     return low

@@ -27,6 +27,7 @@ from niels_gpt.bench.results import Results
 from niels_gpt.bench.search import largest_microbatch
 from niels_gpt.bench.trial import Result, run_trial
 from niels_gpt.command import exit_status
+from niels_gpt.console import wide_console
 from niels_gpt.device import choose_precision, resolve_device
 from niels_gpt.machine import Machine, probe
 from niels_gpt.settings import Settings, load_overrides, validate_overrides
@@ -160,7 +161,7 @@ class Sweep:
         if not order:
             print(f"error: no configuration works here; {self.results.path} has the reasons", file=sys.stderr)
             return 1
-        self.console.print(summary.table(order))
+        wide_console().print(summary.table(order))
         self.console.print(files_written, markup=False)
         return 0
 

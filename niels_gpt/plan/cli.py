@@ -17,8 +17,9 @@ from rich.console import Console
 
 from niels_gpt import files
 from niels_gpt.command import exit_status
+from niels_gpt.console import wide_console
 from niels_gpt.plan.planning import LONGEST, SHORTEST, make_plan
-from niels_gpt.plan.table import show, wide_console
+from niels_gpt.plan.table import show
 from niels_gpt.train.prepare import stage
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from niels_gpt import checkpoint as ckpt
 from niels_gpt import files, paths
 from niels_gpt.cache.pretrain import open_mix
+from niels_gpt.console import wide_console
 from niels_gpt.device import peak_memory, resolve_device
 from niels_gpt.eval import held_out_bits
 from niels_gpt.plan.candidates import step_tokens
@@ -73,7 +74,7 @@ def run_planned(path: Path, *, device: str | None = None, no_resume: bool = Fals
         "tokens": sum(n * step_tokens(settings, phase) for phase, n in steps.items()),
     }
     _keep({**record, "actual": actual})
-    console.print(comparison(chosen, actual))
+    wide_console().print(comparison(chosen, actual))
     best = paths.CHECKPOINT_DIR / "best.pt"
     console.print(f"talk to it: niels-gpt chat --ckpt {best}", markup=False)
     return actual

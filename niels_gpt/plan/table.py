@@ -9,14 +9,6 @@ from niels_gpt.plan.candidates import Candidate
 from niels_gpt.plan.planning import Plan
 from niels_gpt.train.report import duration
 
-WIDTH = 200  # columns, more than the table needs; a narrower terminal wraps its lines and cuts nothing
-
-
-def wide_console() -> Console:
-    """A console that is wide enough for the table, on any terminal."""
-    console = Console(highlight=False, soft_wrap=True)
-    return console if console.width >= WIDTH else Console(highlight=False, soft_wrap=True, width=WIDTH)
-
 
 def show(console: Console, plan: Plan, shown: int) -> None:
     """Print the table and the chosen run."""

@@ -22,6 +22,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from niels_gpt.command import exit_status
+from niels_gpt.console import wide_console
 from niels_gpt.special_tokens import SPECIAL_TOKENS
 from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from niels_gpt.tokenizer.corpus import (
@@ -36,7 +37,6 @@ from niels_gpt.tokenizer.corpus import (
 
 BATCH = 256  # texts encoded at once
 SHOWN_PIECES = 20
-UNCUT = 10_000  # width of the comparison in a file or a pipe
 COLUMNS = ("tokens", "tokens/byte", "bytes/token", "tokens/char", "tokens/word", "unk%", "byte%", "lossy")
 
 
@@ -230,7 +230,7 @@ def _compare(tokenizers: dict[str, Tokenizer], measured: dict[str, dict[str, Mea
         for name, tokenizer in tokenizers.items():
             table.add_row(source, name, f"{tokenizer.vocab_size:,}", *_cells(measured[name][source].report()))
         table.add_section()
-    Console(width=None if Console().is_terminal else UNCUT).print(table, markup=False)
+    wide_console().print(table, markup=False)
 
 
 def _cells(found: dict[str, Any]) -> Iterator[str]:

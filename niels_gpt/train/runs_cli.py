@@ -20,6 +20,7 @@ from rich.table import Table
 
 from niels_gpt import paths
 from niels_gpt.command import exit_status
+from niels_gpt.console import wide_console
 from niels_gpt.train.clock import WATCHED, shares, time_table
 from niels_gpt.train.metrics import read_metrics
 
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if getattr(args, "limit", None) is not None and not 0 < args.limit < 1:
         parser.error(f"--limit must be a share between 0 and 1, not {args.limit:g}")
-    console = Console(highlight=False, soft_wrap=True)
+    console = wide_console()
     if args.command == "show":
         return exit_status(lambda: show_run(console, find_run(args.run), args.limit))
     return exit_status(lambda: list_runs(console))

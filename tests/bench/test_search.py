@@ -33,7 +33,7 @@ def test_any_limit_of_memory_gives_the_largest_that_fits_and_no_size_twice(seed:
     rng = random.Random(seed)
     fixed, each, limit = rng.randrange(10**9), rng.randrange(1, 10**8), rng.randrange(1, 600)
     rows = rng.randrange(0, 2 * limit)
-    device = Allocator(fixed + rows * each + rng.randrange(each), fixed, each, rng.choice(["oom", "timeout"]))
+    device = Allocator(fixed + rows * each + rng.randrange(each), fixed, each)
     largest = largest_microbatch(device.measure, limit)
     assert largest == min(rows, limit)
     assert len(device.sizes) == len(set(device.sizes)) and max(device.sizes) <= limit
@@ -49,6 +49,23 @@ def test_the_first_size_is_one_and_a_limit_that_is_no_power_of_two_is_tried() ->
 def test_nothing_fits() -> None:
     device = Allocator(0)
     assert largest_microbatch(device.measure, 256) == 0 and device.sizes == [1]
+
+
+def test_a_timeout_ends_the_search_as_it_says_nothing_of_memory() -> None:
+    device = Allocator(40, fails_as="timeout")
+    assert largest_microbatch(device.measure, 256) == 32
+    assert device.sizes == [1, 2, 4, 8, 16, 32, 64]  # not 48, 40, 36 ...: 20 s each
+
+
+def test_a_timeout_between_what_fits_and_what_does_not_ends_the_search() -> None:
+    sizes: list[int] = []
+
+    def measure(rows: int) -> Seen:
+        sizes.append(rows)
+        return Seen("ok" if rows <= 26 else "timeout" if rows <= 28 else "oom")
+
+    assert largest_microbatch(measure, 256) == 24
+    assert sizes == [1, 2, 4, 8, 16, 32, 24, 28, 12]  # half of the largest may be the fastest
 
 
 @pytest.mark.parametrize("broken_at", [1, 4, 3])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from niels_gpt.bench import sweep
+from niels_gpt.bench import summary, sweep
 from niels_gpt.bench.trial import Result, Trial
 from niels_gpt.command import Interrupted
 from niels_gpt.files import whole_json_lines
@@ -129,6 +129,12 @@ def test_a_timeout_is_tried_again_with_more_time_only(machine: Machine) -> None:
     before = len(machine.asked)
     assert bench() == 0 and len(machine.asked) == before
     assert bench("--timeout_s", "60") == 0 and len(machine.asked) > before
+
+
+def test_no_figure_of_the_table_is_cut_in_a_pipe(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench() == 0
+    printed = capsys.readouterr().out
+    assert summary.QUALITY in printed and "configuration" in printed and "…" not in printed
 
 
 def test_the_summary_ranks_by_tokens_of_a_night(machine: Machine) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from niels_gpt.cli import main
+from niels_gpt.console import wide_console
 from niels_gpt.plan import cli, planning
 from niels_gpt.plan.planning import Plan, make_plan, read_plan
-from niels_gpt.plan.table import show, wide_console
+from niels_gpt.plan.table import show
 from niels_gpt.plan.text import Source
 from niels_gpt.settings import DATA_SEEDS, validate_overrides
 from tests.plan import samples
