@@ -26,10 +26,10 @@ from niels_gpt.device import get_device
 from niels_gpt.plan.recipe import seeded, tuned, with_minutes
 from niels_gpt.settings import PHASES, Settings, validate_overrides
 from niels_gpt.summary import Summary, measure, show
+from niels_gpt.train.lineage import pretrained_model
 from niels_gpt.train.prepare import compile_kernels, make_caches, make_tokenizer, set_other_runs_aside, stage
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.sft import run_sft
-from niels_gpt.train.start import pretrained_model
 
 SMALLEST_BUDGET = 0.05  # minutes
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from niels_gpt.plan.planning import read_plan
 from niels_gpt.plan.table import clock
 from niels_gpt.settings import PHASES, Settings, validate_overrides
 from niels_gpt.train.distributed import is_torchrun
+from niels_gpt.train.lineage import Saved, newest
 from niels_gpt.train.pipeline import run_pipeline
 from niels_gpt.train.prepare import Say, compile_kernels, make_caches, make_tokenizer, set_other_runs_aside, stage
 from niels_gpt.train.start import TimeLimit
@@ -53,7 +53,7 @@ def run_planned(path: Path, *, device: str | None = None, no_resume: bool = Fals
     stage(console, "2/4 caches", lambda say: make_caches(settings, tokenizer, say))
     compile_kernels(settings, chosen_device, console)
     set_other_runs_aside(settings, console, any_budget=True)
-    earlier = 0.0 if no_resume else sum(trained.seconds for trained in _trained().values())
+    earlier = 0.0 if no_resume else sum(saved.seconds for saved in _newest().values())
     planned = chosen["seconds"]
     left = total - (time.time() - began) - planned["evaluation"]
     training = max(left, LEAST_SHARE * (planned["pretrain"] + planned["sft"]))
@@ -61,19 +61,21 @@ def run_planned(path: Path, *, device: str | None = None, no_resume: bool = Fals
     try:
         run_pipeline(record["settings"], device=chosen_device, no_auto_resume=no_resume, limit=TimeLimit(training / 60))
     finally:
-        _keep(record)
+        trained = _newest()
+        runs = [saved.folder for saved in trained.values() if saved.folder.is_dir()]
+        _keep(record, runs)
     windows = chosen["evaluated_windows"]
     bits = stage(console, "4/4 evaluation", lambda say: _bits(settings, chosen_device, windows, say))
-    steps = {phase: trained.steps for phase, trained in _trained().items()}
+    steps = {phase: saved.step for phase, saved in trained.items()}
     actual = {
         "seconds": earlier + time.time() - began,
         "peak_bytes": peak_memory(chosen_device),
-        "disk_bytes": disk_use(_made(settings)),
+        "disk_bytes": disk_use(_made(settings, runs)),
         "bpb": bits,
         "steps": steps,
         "tokens": sum(n * step_tokens(settings, phase) for phase, n in steps.items()),
     }
-    _keep({**record, "actual": actual})
+    _keep({**record, "actual": actual}, runs)
     wide_console().print(comparison(chosen, actual))
     best = paths.CHECKPOINT_DIR / "best.pt"
     console.print(f"talk to it: niels-gpt chat --ckpt {best}", markup=False)
@@ -90,44 +92,24 @@ def _bits(settings: Settings, device: str, windows: int | None, say: Say) -> flo
     return found.value
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What the newest checkpoint of a phase says: its run's folder, steps, and seconds over all sessions."""
-
-    folder: Path
-    steps: int
-    seconds: float
+def _newest() -> dict[str, Saved]:
+    found = {phase: newest(phase) for phase in PHASES}
+    return {phase: saved for phase, saved in found.items() if saved is not None}
 
 
-def _trained() -> dict[str, Trained]:
-    found = {}
-    for phase in PHASES:
-        path = ckpt.newest_good(phase)
-        if path is not None:
-            loaded = ckpt.load_checkpoint(path, device="cpu")
-            record = loaded["resume"] or {}
-            folder = paths.RUNS_DIR / str(record.get("run_id"))
-            found[phase] = Trained(folder, int(loaded["step"]), float(record.get("elapsed_s", 0.0)))
-    return found
-
-
-def _run_folders() -> list[Path]:
-    return [trained.folder for trained in _trained().values() if trained.folder.is_dir()]
-
-
-def _keep(record: Mapping[str, Any]) -> None:
+def _keep(record: Mapping[str, Any], runs: Iterable[Path]) -> None:
     """Put the plan into the folders of its runs."""
-    for folder in _run_folders():
+    for folder in runs:
         files.write_json(folder / KEPT, dict(record))
 
 
-def _made(settings: Settings) -> list[Path]:
+def _made(settings: Settings, runs: Iterable[Path]) -> list[Path]:
     """What a plan leaves on disk."""
     caches = settings.data.caches
     folders = [Path(settings.tokenizer.model_path).parent]
     folders += [Path(caches.pretrain_token_cache) / name for name in settings.data.mix_pretrain]
     folders += [Path(caches.sft_token_cache) / name for name in settings.data.mix_sft]
-    return [*folders, paths.CHECKPOINT_DIR, *_run_folders()]
+    return [*folders, paths.CHECKPOINT_DIR, *runs]
 
 
 def disk_use(folders: Iterable[Path]) -> int:

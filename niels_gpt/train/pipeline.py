@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from niels_gpt import checkpoint as ckpt
 from niels_gpt import files, paths
 from niels_gpt.settings import resolve_settings
 from niels_gpt.train.distributed import ALONE, World
+from niels_gpt.train.lineage import newest, pretrained_model, spent_seconds
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.saving import Origin
 from niels_gpt.train.sft import run_sft
-from niels_gpt.train.start import TimeLimit, pretrained_model, record_of, spent_seconds
+from niels_gpt.train.start import TimeLimit
 
 Config = Path | Mapping[str, Any]
 KEYS = {"pretrain_config_path", "sft_config_path"}
@@ -109,7 +109,7 @@ def _what_is_left(whole: TimeLimit, share: TimeLimit) -> TimeLimit:
 
 def sft_is_under_way() -> bool:
     """Whether there is an unfinished run of fine-tuning that began with the weights that are pretraining's best now."""
-    record = record_of("sft", ckpt.newest_good("sft"))
-    if not record.get("origin") or record.get("is_finished", True):
+    found = newest("sft")
+    if found is None or not found.resume.get("origin") or found.resume.get("is_finished", True):
         return False
-    return Origin(**record["origin"]).is_still_there()
+    return Origin(**found.resume["origin"]).is_still_there()

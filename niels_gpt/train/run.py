@@ -25,11 +25,12 @@ from niels_gpt.device import resolve_device
 from niels_gpt.plan.running import run_planned
 from niels_gpt.settings import PHASES, resolve_settings
 from niels_gpt.train.distributed import ALONE, MainFailed, World, joined
+from niels_gpt.train.lineage import spent_seconds
 from niels_gpt.train.pipeline import budget_shares, pipeline_configs, run_pipeline
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.sft import run_sft
 from niels_gpt.train.signals import leaving_on_signals
-from niels_gpt.train.start import TimeLimit, spent_seconds
+from niels_gpt.train.start import TimeLimit
 
 LONGEST = 525600  # minutes: a year
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.files import explained
+from niels_gpt.train import lineage
 from niels_gpt.train.budget import Budget
 from niels_gpt.train.job import Job
+from niels_gpt.train.lineage import is_of_phase
 from niels_gpt.train.parallel import as_sharded, whole_state
 from niels_gpt.train.report import Reporter
-from niels_gpt.train.start import is_of_phase, run_of
 from niels_gpt.train.state import RunState
 from niels_gpt.train.step import Stepper
 
@@ -74,7 +75,7 @@ class Saver:
         # A kill between the first two files of a save can leave a best loss without its file, or with that of an older
         # run: the next one is the best.
         path = ckpt.phase_paths(self.job.phase).best
-        has_best = self.job.world.from_main(lambda: ckpt.is_good(path) and run_of(path) == resume.get("run_id"))
+        has_best = self.job.world.from_main(lambda: _is_of_run(path, resume.get("run_id")))
         if self.options.save_best and not has_best:
             state.best_val_loss = state.best_step = None
         self.is_finished, self.finished_seconds = resume.get("is_finished", False), resume.get("finished_s")
@@ -104,10 +105,8 @@ class Saver:
         """The last good checkpoint and True; else what the run began with (None: random weights) and False."""
         if state.good_step is not None:
             path = ckpt.step_path(self.job.phase, state.good_step)
-            if ckpt.is_good(path):
-                record = ckpt.load_checkpoint(path, device="cpu")["resume"] or {}
-                if record.get("run_id") == self.job.resolved.run_id:
-                    return path, True
+            if _is_of_run(path, self.job.resolved.run_id):
+                return path, True
         elif self.origin is None:
             return None, False
         elif self.origin.is_still_there():
@@ -223,3 +222,8 @@ class Saver:
             "settings": self.job.resolved.settings.model_dump(mode="json"),
             **self._identity(),
         }
+
+
+def _is_of_run(path: Path, run_id: str | None) -> bool:
+    """Whether there is a sound checkpoint that this run has saved."""
+    return ckpt.is_good(path) and lineage.read(path).run_id == run_id

@@ -22,6 +22,7 @@ from niels_gpt.mixes import open_mixes
 from niels_gpt.settings import Settings
 from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.job import Job
+from niels_gpt.train.lineage import pretrained_model
 from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import stream_eval
 from niels_gpt.train.report import Reporter, reporting
@@ -33,7 +34,6 @@ from niels_gpt.train.start import (
     eval_shape,
     fingerprint,
     metric_weights,
-    pretrained_model,
     start_phase,
     weighted_metric,
 )

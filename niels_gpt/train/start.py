@@ -1,4 +1,4 @@
-"""What both phases do before the loop: settings, device, threads, tokenizer, and where to go on from."""
+"""What both phases do before the loop: settings, device, threads, tokenizer, time limit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from niels_gpt import checkpoint as ckpt
 from niels_gpt.device import keep_freed_memory, resolve_device, use_deterministic_kernels
 from niels_gpt.eval import EvalResult
 from niels_gpt.files import sha256_file
@@ -20,6 +19,7 @@ from niels_gpt.paths import ensure_dirs
 from niels_gpt.settings import PhaseSettings, ResolvedSettings, Settings, new_run_id, resolve_settings
 from niels_gpt.tokenizer import SentencePieceTokenizer, Tokenizer, open_tokenizer
 from niels_gpt.train.distributed import ALONE, World
+from niels_gpt.train.lineage import find_resume, saved_by
 
 SHORTEST_BUDGET = 1.0  # seconds: a deadline that is over still leaves time for the last evaluation and save
 Overrides = str | Path | Mapping[str, Any] | None
@@ -108,53 +108,9 @@ def prepare_process(settings: Settings) -> None:
 
 def _run_id_and_flags(phase: str, resume: Path | None, limit: TimeLimit) -> tuple[str, dict[str, Any]]:
     """What a checkpoint to go on from decides: the run it belongs to, and how much of the time limit is used."""
-    record = record_of(phase, resume)
-    return record.get("run_id") or new_run_id(), limit.flags(phase, float(record.get("elapsed_s", 0.0)))
-
-
-def record_of(phase: str, checkpoint: Path | None) -> dict[str, Any]:
-    """The `resume` record of a checkpoint; {} without one, and for what another phase has saved."""
-    found = (ckpt.load_checkpoint(checkpoint, device="cpu")["resume"] if checkpoint is not None else None) or {}
-    return found if is_of_phase(found, phase) else {}
-
-
-def is_of_phase(record: Mapping[str, Any], phase: str) -> bool:
-    """Whether a checkpoint's `resume` record was saved by this phase; one that does not say counts as such."""
-    return bool(record.get("phase", phase) == phase)
-
-
-def find_resume(phase: str, resume_path: str | Path | None, no_auto_resume: bool) -> Path | None:
-    """`--resume PATH` first, then `--no-resume`, else the newest sound checkpoint of this phase (never the root's)."""
-    if resume_path is not None:
-        path = Path(resume_path)
-        if not path.is_file():
-            raise FileNotFoundError(f"cannot resume: there is no checkpoint at {path}")
-        return path
-    return None if no_auto_resume else ckpt.newest_good(phase)
-
-
-def spent_seconds(phase: str, resume_path: str | Path | None, no_auto_resume: bool) -> float:
-    """Seconds that earlier sessions have used of the run that a phase would go on with; 0 for a fresh one."""
-    return float(record_of(phase, find_resume(phase, resume_path, no_auto_resume)).get("elapsed_s", 0.0))
-
-
-def pretrained_model() -> Path:
-    """The checkpoint fine-tuning starts from: pretraining's best, or its newest where the best is of an older run.
-
-    RuntimeError if there is none.
-    """
-    found, newest = ckpt.phase_paths("pretrain"), ckpt.newest_good("pretrain")
-    if found.best.is_file() and (newest is None or run_of(found.best) == run_of(newest)):
-        return found.best
-    if newest is None:
-        raise RuntimeError(f"pretraining left no checkpoint in {found.step_dir}; run --phase pretrain first")
-    return newest
-
-
-def run_of(path: Path) -> str | None:
-    """The id of the run that a checkpoint was saved by, if it says so."""
-    run_id: str | None = (ckpt.load_checkpoint(path, device="cpu")["resume"] or {}).get("run_id")
-    return run_id
+    found = saved_by(phase, resume)
+    spent = 0.0 if found is None else found.seconds
+    return (found and found.run_id) or new_run_id(), limit.flags(phase, spent)
 
 
 def fingerprint(root: str | Path, sources: Iterable[str]) -> dict[str, str]:

@@ -14,12 +14,13 @@ import pytest
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.command import Interrupted
 from niels_gpt.train import pipeline as pipeline_module
+from niels_gpt.train.lineage import pretrained_model
 from niels_gpt.train.loop import Loop
 from niels_gpt.train.pipeline import budget_shares, pipeline_configs, run_pipeline
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.run import main
 from niels_gpt.train.saving import Origin
-from niels_gpt.train.start import TimeLimit, pretrained_model
+from niels_gpt.train.start import TimeLimit
 from tests.train import workshop
 
 
