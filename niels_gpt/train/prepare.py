@@ -26,6 +26,7 @@ from niels_gpt.model.native import ops as native
 from niels_gpt.settings import PHASES, Settings
 from niels_gpt.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
 from niels_gpt.tokenizer.corpus import mix_corpora
+from niels_gpt.train import lineage
 from niels_gpt.train.sft import sft_fingerprint
 from niels_gpt.train.start import fingerprint
 
@@ -122,7 +123,7 @@ def _is_same_run(settings: Settings, any_budget: bool) -> bool:
     found = [path for phase in PHASES if (path := ckpt.newest_good(phase)) is not None]
     wanted = settings.model_dump(mode="json")
     for path in found:
-        record = ckpt.load_checkpoint(path, device="cpu")["resume"] or {}
+        record = lineage.read(path).resume
         made = record.get("settings") or {}
         if any_budget and made:
             made = _without_budget(made)

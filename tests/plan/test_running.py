@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from niels_gpt.plan.recipe import Shape
 from niels_gpt.plan.running import KEPT, comparison
 from niels_gpt.settings import validate_overrides
 from niels_gpt.train.prepare import set_other_runs_aside
+from niels_gpt.train.start import TimeLimit
 from tests.plan.samples import TEXT, Source, costs, machine
 from tests.plan.test_text import on_primer
 from tests.train import workshop
@@ -103,6 +105,34 @@ def test_one_that_is_stopped_goes_on(record: dict[str, Any], tmp_path: Path) -> 
     actual = json.loads(next(tmp_path.glob(f"runs/*/{KEPT}")).read_text())["actual"]
     assert set(actual["steps"]) == {"pretrain", "sft"} and actual["steps"]["pretrain"] > 0  # of the session before
     assert actual["seconds"] > sum(SECONDS[part] for part in ("start", "pretrain", "sft"))
+
+
+def test_what_compiling_takes_is_not_trained_over(
+    record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, limits = [1000.0], []
+
+    def passes(seconds: float, result: object = None) -> Callable[..., object]:
+        def work(*arguments: object, **more: object) -> object:
+            now[0] += seconds
+            return result
+
+        return work
+
+    def run_pipeline(settings: object, *, limit: TimeLimit, **more: object) -> None:
+        limits.append(limit.minutes)
+        raise KeyboardInterrupt
+
+    (tmp_path / "plan.json").write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(running, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(running, "psutil", SimpleNamespace(Process=lambda: SimpleNamespace(create_time=lambda: 1000.0)))
+    for name, work in {"make_tokenizer": passes(1), "make_caches": passes(2), "compile_kernels": passes(4)}.items():
+        monkeypatch.setattr(running, name, work)
+    monkeypatch.setattr(running, "run_pipeline", run_pipeline)
+    with pytest.raises(KeyboardInterrupt):
+        running.run_planned(Path("plan.json"), device="cpu")
+    assert limits == [pytest.approx((sum(SECONDS.values()) - 7 - SECONDS["evaluation"]) / 60)]
 
 
 def test_only_checkpoints_of_other_settings_are_moved_away(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+
 import pytest
 from rich.console import Console
 
 from niels_gpt.settings import validate_overrides
+from niels_gpt.tokenizer import corpus
 from niels_gpt.train import prepare
+
+MEGABYTE = 10**6
 
 
 @pytest.mark.parametrize(("wanted", "device", "built"), [(True, "cpu", 2), (False, "cpu", 0)])
@@ -19,3 +25,31 @@ def test_kernels_are_compiled_where_they_will_be_used(
     settings = validate_overrides({"training": {"native_kernels": wanted}})
     prepare.compile_kernels(settings, device, Console(quiet=True))
     assert len(calls) == built
+
+
+class Enough(Exception):
+    """What was to be seen has been seen."""
+
+
+def test_the_tokenizer_reads_50_mb_of_a_mix_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = {"wikitext": 0, "primer": 0}
+
+    def get_source(name: str) -> SimpleNamespace:
+        def documents(settings: object, split: str) -> Iterator[SimpleNamespace]:
+            for _ in range(60):
+                read[name] += 1
+                yield SimpleNamespace(text="abc " * (MEGABYTE // 4))
+
+        return SimpleNamespace(name=name, documents=documents, stream=None, describe=lambda settings, phase: {})
+
+    def train_tokenizer(texts: Iterable[str], *arguments: object, **more: object) -> None:
+        assert sum(len(text) for text in texts) == 50 * MEGABYTE
+        raise Enough
+
+    monkeypatch.setattr(corpus, "get_source", get_source)
+    monkeypatch.setattr(prepare, "get_source", get_source)
+    monkeypatch.setattr(prepare, "train_tokenizer", train_tokenizer)
+    settings = validate_overrides({"data": {"mix_pretrain": {"wikitext": 0.9, "primer": 0.1}}})
+    with pytest.raises(Enough):
+        prepare.make_tokenizer(settings, 42, lambda text: None)
+    assert read == {"wikitext": 45, "primer": 5}
