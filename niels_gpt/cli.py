@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from niels_gpt.command import exit_status
+
 COMMANDS = {
     "quickstart": ("niels_gpt.quickstart", "train a small chat model offline, in minutes, and talk to it"),
     "chat": ("niels_gpt.chat_cli", "talk to a checkpoint, or answer one --prompt"),
@@ -27,15 +29,18 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: niels-gpt <command> [options]      (niels-gpt <command> --help for its options)\n")
-        for name, (_, help_line) in COMMANDS.items():
-            print(f"  {name:<11} {help_line}")
-        return 0
+        return exit_status(_help, reader_gone=0)
     if arguments[0] not in COMMANDS:
         print(f"niels-gpt: unknown command {arguments[0]!r}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     status: int = import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
     return status
+
+
+def _help() -> None:
+    print("usage: niels-gpt <command> [options]      (niels-gpt <command> --help for its options)\n")
+    for name, (_, help_line) in COMMANDS.items():
+        print(f"  {name:<11} {help_line}")
 
 
 if __name__ == "__main__":

@@ -66,12 +66,25 @@ def test_a_bug_passes() -> None:
     assert exit_status(raising(RuntimeError("expected")), expected=(RuntimeError,)) == 1
 
 
-def test_a_reader_that_has_gone_is_no_traceback() -> None:
-    script = "from niels_gpt.command import exit_status; raise SystemExit(exit_status(lambda: print('x' * 100_000)))"
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stderr is not None
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        ("from niels_gpt.command import exit_status; exit(exit_status(lambda: print('x' * 100_000)))", 1),
+        ("from niels_gpt.cli import main; exit(main(['--help']))", 0),
+    ],
+)
+def test_a_reader_that_has_gone_is_no_traceback(script: str, status: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", f"input(); {script}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         process.stdout.close()
-        assert process.wait(timeout=60) == 1 and process.stderr.read() == b""
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.wait(timeout=60) == status and process.stderr.read() == b""
 
 
 def test_the_compiler_is_imported_by_those_who_compile_only() -> None:
