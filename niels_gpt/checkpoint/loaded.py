@@ -58,7 +58,7 @@ def load_model(
     path = Path(path)
     checkpoint = load_checkpoint(path, device=device)
     model = build_model(checkpoint).eval()
-    settings = _recorded_settings(checkpoint, path)
+    settings = recorded_settings(checkpoint, path)
     tokenizer: Tokenizer
     if is_byte_model(checkpoint):
         if tokenizer_path is not None:
@@ -103,7 +103,7 @@ def settings_meta(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return meta if isinstance(meta, dict) else None
 
 
-def _recorded_settings(checkpoint: Checkpoint, path: Path) -> Settings | None:
+def recorded_settings(checkpoint: Checkpoint, path: Path) -> Settings | None:
     """Those inside the file, which cannot belong to other weights, else the sidecar's; None if neither can be read."""
     inside, beside = (checkpoint["resume"] or {}).get("settings"), sidecar_path(path)
     for read in (lambda: inside, lambda: files.read_json(beside) if beside.is_file() else None):

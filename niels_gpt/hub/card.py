@@ -13,9 +13,8 @@ from typing import Any
 
 from niels_gpt.checkpoint import LoadedModel
 from niels_gpt.checkpoint.format import Checkpoint
-from niels_gpt.checkpoint.loaded import settings_meta
+from niels_gpt.checkpoint.sources import is_beginning_known, learned_from
 from niels_gpt.config import ModelConfig
-from niels_gpt.data.registry import canonical_name
 
 MADE_HERE = "<!-- written by niels-gpt upload; remove this line to keep your own text at the next upload -->"
 OWN_TEXT = ("roam", "text", "jsonl")  # sources that are the user's own
@@ -33,6 +32,7 @@ _SOURCES = {
     "text": ("the author's own text files", "the author's own", ""),
     "jsonl": ("the author's own chats", "the author's own", ""),
 }
+UNKNOWN_BEGINNING = "It began with the weights of another checkpoint, which does not say what it had read. "
 _UNKNOWN_SOURCE = ("not known to this version of niels-gpt", "unknown", "")
 
 
@@ -50,28 +50,10 @@ class Published:
     license: str | None = None  # of the model, as the hub names licences
 
 
-def mixes_of(checkpoint: Checkpoint, loaded: LoadedModel) -> dict[str, dict[str, float]]:
-    """Phase -> source -> share of its training positions, by canonical names; {} where the checkpoint does not say.
-
-    A pretrained model has read no chats; fine-tuning with replay reads the text of pretraining again.
-    """
-    if loaded.settings is None:
-        return {}
-    data = loaded.settings.data
-    mixes = {"pretraining": data.mix_pretrain}
-    if (settings_meta(checkpoint) or {}).get("phase") != "pretrain":
-        parts = ((data.mix_sft, 1 - data.replay_pretrain), (data.mix_pretrain, data.replay_pretrain))
-        mixes["fine-tuning"] = {
-            name: sum(mix.get(name, 0.0) * share for mix, share in parts) for mix, _ in parts for name in mix
-        }
-    return {
-        phase: {canonical_name(name): share for name, share in mix.items() if share} for phase, mix in mixes.items()
-    }
-
-
 def own_text(checkpoint: Checkpoint, loaded: LoadedModel) -> list[str]:
     """Sources of the user's own that the model learned from."""
-    return sorted({name for mix in mixes_of(checkpoint, loaded).values() for name in mix if name in OWN_TEXT})
+    mixes = learned_from(checkpoint, loaded.settings)
+    return sorted({name for mix in mixes.values() for name in mix if name in OWN_TEXT})
 
 
 def card(published: Published) -> str:
@@ -91,7 +73,8 @@ def card(published: Published) -> str:
 
 
 def _front_matter(published: Published) -> str:
-    sources = {source for mix in mixes_of(published.checkpoint, published.loaded).values() for source in mix}
+    mixes = learned_from(published.checkpoint, published.loaded.settings)
+    sources = {source for mix in mixes.values() for source in mix}
     lines = ["---", "library_name: niels-gpt", "pipeline_tag: text-generation", "tags: [niels-gpt, pytorch]"]
     if published.license is not None:
         lines.append(f"license: {json.dumps(published.license)}")
@@ -122,7 +105,7 @@ def _how_to_run(published: Published) -> str:
 
 
 def _sources(published: Published) -> str:
-    mixes = mixes_of(published.checkpoint, published.loaded)
+    mixes = learned_from(published.checkpoint, published.loaded.settings)
     if not mixes:
         return "The checkpoint does not record it."
     rows = ["| phase | share | source | licence |", "|---|---|---|---|"]
@@ -132,7 +115,8 @@ def _sources(published: Published) -> str:
             linked = f" ([{hub}](https://huggingface.co/datasets/{hub}))" if hub else ""
             rows.append(f"| {phase} | {share:.0%} | {source}: {what}{linked} | {licence} |")
     after = "Shares are those of the training positions that were asked for; licences that ask for attribution or for "
-    return "\n".join(rows) + f"\n\n{after}sharing alike concern whoever passes on the texts."
+    unknown = "" if is_beginning_known(published.checkpoint) else UNKNOWN_BEGINNING
+    return "\n".join(rows) + f"\n\n{unknown}{after}sharing alike concern whoever passes on the texts."
 
 
 def _shape(published: Published) -> str:

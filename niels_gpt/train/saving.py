@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from niels_gpt import checkpoint as ckpt
+from niels_gpt.checkpoint.loaded import recorded_settings
+from niels_gpt.checkpoint.sources import Mixes, learned_from
 from niels_gpt.files import explained
 from niels_gpt.train import lineage
 from niels_gpt.train.budget import Budget
@@ -31,10 +33,12 @@ class Origin:
     path: str
     run_id: str | None
     step: int
+    learned_from: Mixes | None = field(default=None, compare=False)  # {}: it does not say; None: nobody asked
 
     @classmethod
     def of(cls, path: Path, loaded: ckpt.Checkpoint) -> Origin:
-        return cls(str(path), (loaded["resume"] or {}).get("run_id"), loaded["step"])
+        mixes = learned_from(loaded, recorded_settings(loaded, path))
+        return cls(str(path), (loaded["resume"] or {}).get("run_id"), loaded["step"], mixes)
 
     def is_still_there(self) -> bool:
         path = Path(self.path)
@@ -66,6 +70,7 @@ class Saver:
             stepper.microbatches = stepper.microbatches.smaller(resume["microbatch"]) or stepper.microbatches
         step = loaded["step"]
         if not is_of_phase(resume, self.job.phase):  # its counters, clock and best loss mean nothing here
+            self.origin = None if self.resumed_from is None else Origin.of(self.resumed_from, loaded)
             return RunState(step=step, good_step=step, evaluated_step=step), 0.0
         self.saved_step = step
         self.origin = Origin(**resume["origin"]) if resume.get("origin") else None

@@ -12,6 +12,7 @@ import torch
 from niels_gpt import files
 from niels_gpt.checkpoint import load_checkpoint, load_model
 from niels_gpt.hub import upload
+from niels_gpt.hub.card import UNKNOWN_BEGINNING
 from niels_gpt.settings import resolve_settings
 from niels_gpt.tokenizer import SentencePieceTokenizer
 from tests.checkpoint.published import V2_SHAPES, checkpoint_bytes
@@ -95,6 +96,29 @@ def test_the_card_lists_what_the_phase_has_read(here: Here, hub: LoopbackHub, mi
     shares = ("73% | chitchat", "26% | primer", "1% | oasst1")  # a quarter of the chats, three quarters of the text
     assert rows == [f"| fine-tuning | {share}" for share in shares]
     assert "- OpenAssistant/oasst1" in tuned.split("---")[1]
+
+
+def test_the_card_lists_what_pretraining_read_with_other_settings(
+    here: Here, hub: LoopbackHub, mine: Path, faulty: list[Fault]
+) -> None:
+    """A pipeline of two configs: the checkpoint of fine-tuning carries the settings of fine-tuning alone."""
+    content = torch.load(altered(mine, "sft.pt", "sft", mix_sft={"oasst1": 1.0}), weights_only=True)
+    origin = {"path": "checkpoints/pretrain/best.pt", "run_id": "one", "step": 5}
+    content["resume"]["origin"] = {**origin, "learned_from": {"pretraining": {"roam": 0.25, "fineweb_edu": 0.75}}}
+    torch.save(content, mine.with_name("sft.pt"))
+    assert here.upload("--checkpoint", "sft.pt", "--repo", "me/two") == 1
+    assert "learned from texts of your own (roam)" in here.error()
+    assert here.upload("--checkpoint", "sft.pt", "--repo", "me/two", "--private") == 0
+    told = published(hub, "me/two")[CARD].decode()
+    rows = [line.split(":")[0] for line in told.splitlines() if line.startswith(("| pretraining", "| fine-tuning"))]
+    assert rows == ["| pretraining | 75% | fineweb_edu", "| pretraining | 25% | roam", "| fine-tuning | 100% | oasst1"]
+    assert "ODC-By 1.0" in told and UNKNOWN_BEGINNING not in told
+
+    content["resume"]["origin"] = {**origin, "learned_from": {}}  # as of an imported model
+    torch.save(content, mine.with_name("sft.pt"))
+    assert here.upload("--checkpoint", "sft.pt", "--repo", "me/imported") == 0
+    told = published(hub, "me/imported")[CARD].decode()
+    assert "| pretraining" not in told and "| fine-tuning | 100% | oasst1" in told and UNKNOWN_BEGINNING in told
 
 
 def test_chats_of_ones_own_count_only_where_they_were_read(

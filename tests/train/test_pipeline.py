@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from niels_gpt import checkpoint as ckpt
+from niels_gpt.checkpoint.loaded import recorded_settings
+from niels_gpt.checkpoint.sources import learned_from
 from niels_gpt.command import Interrupted
 from niels_gpt.train import pipeline as pipeline_module
 from niels_gpt.train.lineage import pretrained_model
@@ -20,6 +22,7 @@ from niels_gpt.train.pipeline import budget_shares, pipeline_configs, run_pipeli
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.run import main
 from niels_gpt.train.saving import Origin
+from niels_gpt.train.sft import run_sft
 from niels_gpt.train.start import TimeLimit
 from tests.train import workshop
 
@@ -128,6 +131,32 @@ def test_fine_tuning_alone_starts_from_what_pretraining_left(
         f"random weights: {best} does not fit: the checkpoint's model differs from the settings in model.T (checkpo"
     )
     assert expected in capsys.readouterr().err
+
+
+def test_a_fine_tuned_checkpoint_knows_what_was_read_before(world: dict[str, Any]) -> None:
+    for phase in ("pretrain", "sft"):
+        world["training"][phase] |= {"total_steps": 1, "warmup_steps": 0}
+    first, second = json.loads(json.dumps(world)), json.loads(json.dumps(world))
+    assert set(first["data"]["mix_pretrain"]) == {"primer"}
+    second["data"]["mix_pretrain"] = {"wikitext": 1.0}
+    run_pretrain(first, device="cpu", quiet=True)
+    run_sft(second, device="cpu", quiet=True, init_model_path=pretrained_model())
+    known = {"pretraining": {"primer": 1.0}, "fine-tuning": {"primer": 1.0}}
+    assert learned_by("sft") == known
+
+    tuned = ckpt.phase_paths("sft").best.rename("tuned.pt")
+    run_sft(second, device="cpu", quiet=True, no_auto_resume=True, init_model_path=tuned)
+    assert learned_by("sft") == {**known, "fine-tuning 2": {"primer": 1.0}}
+    run_sft(second, device="cpu", quiet=True, no_auto_resume=True)  # from random weights: nothing was read before
+    assert learned_by("sft") == {"fine-tuning": {"primer": 1.0}}
+    run_pretrain(first, device="cpu", quiet=True, resume_path=ckpt.phase_paths("sft").latest)
+    assert learned_by("pretrain") == {"fine-tuning": {"primer": 1.0}, "pretraining": {"primer": 1.0}}
+
+
+def learned_by(phase: str) -> dict[str, dict[str, float]]:
+    path = ckpt.phase_paths(phase).latest
+    loaded = ckpt.load_checkpoint(path, device="cpu")
+    return learned_from(loaded, recorded_settings(loaded, path))
 
 
 def test_the_best_of_an_older_run_is_not_fine_tuned(world: dict[str, Any]) -> None:
