@@ -35,7 +35,7 @@ class MetricsFile:
         self.close()
         kept = [entry for entry in read_metrics(self.path) if stays(entry)]
         self._waiting = [line for line in self._waiting if stays(json.loads(line))]
-        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        _keep_only(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._size = os.fstat(self._handle).st_size
         return [entry for entry in (*kept, *map(json.loads, self._waiting)) if entry["phase"] == phase]
@@ -72,6 +72,15 @@ class MetricsFile:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+def _keep_only(path: Path, content: str) -> None:
+    """Make `content` all that a file holds; by cutting it off where that is enough, as a full disk lets nobody write."""
+    wanted = content.encode()
+    if path.is_file() and path.read_bytes().startswith(wanted):
+        os.truncate(path, len(wanted))
+    else:
+        write_text(path, content)
 
 
 _encode = json.JSONEncoder(allow_nan=False).encode
