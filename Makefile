@@ -11,7 +11,7 @@ help:
 	@echo "make test         the test suite"
 	@echo "make check        lint, format and types"
 	@echo "make coverage     lines and branches that the tests reach, by floor"
-	@echo "make soak         the long fault tests"
+	@echo "make soak         the long tests, alone: half an hour"
 	@echo "make bench        training and decoding speed beside transformers"
 	@echo "make quality      bits per byte against training time beside transformers (half an hour)"
 	@echo "make docs         regenerate docs/settings.md"
@@ -48,7 +48,7 @@ format: install
 	$(BIN)/ruff format .
 
 soak: install
-	$(BIN)/pytest --soak
+	$(BIN)/pytest --soak -m soak -n 2
 
 bench: install
 	$(BIN)/python tools/bench_train.py

@@ -217,8 +217,8 @@ def undisturbed(folder: Path, work: Callable[[], Any]) -> Scene:
     return Scene(folder, work, result_of(folder / "straight"), seconds)
 
 
-ONCE = (("data", 1), ("evaluation", 1), ("step", 1), ("step", 9), ("evaluation", 4), ("save", 3))
-TWICE = (("save", 3), ("step", 9), ("evaluation", 4))
+ONCE = (("data", 1), ("evaluation", 1), ("step", 1), ("step", 9), ("evaluation", 7), ("save", 3))
+TWICE = (("save", 3), ("step", 9), ("evaluation", 7))
 
 
 def signalled(scene: Scene, *, few: bool) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_signals(
     else:
         found = disturbing(pipeline(tmp_path, tiny_tokenizer, 40), "--signals", "all")["signals"]
     saved = {name: scene["saved"] for name, scene in found.items() if "saved" in scene}
-    expected = {"data 1": 0, "evaluation 1": 13, "step 1": 1, "step 9": 9, "evaluation 4": 40, "save 3": 13}
+    expected = {"data 1": 0, "evaluation 1": 13, "step 1": 1, "step 9": 9, "evaluation 7": 40, "save 3": 13}
     assert saved == ({name: expected[name] for name in ("data 1", "evaluation 1")} if amount == "few" else expected)
     for name, scene in found.items():
         assert scene["same"], name
