@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from niels_gpt import contention
 from niels_gpt.batching import Batch, TokenStream, as_stream, get_batch
 from niels_gpt.device import Precision, choose_precision
 from niels_gpt.infer.steps import eval_mode
@@ -67,6 +68,7 @@ def evaluate(
     nats, text_nats, tokens, text_bytes = 0.0, 0.0, 0, 0
     with eval_mode(model), torch.no_grad():
         for batch in batches:
+            contention.look()
             valid = int((batch.y != IGNORED).sum())
             if not valid:
                 continue

@@ -16,6 +16,7 @@ FLOORS: dict[int, tuple[str, ...]] = {  # the longest matching prefix decides
         "child",
         "command",
         "console",
+        "contention",
         "rng",
         "device",
         "machine",

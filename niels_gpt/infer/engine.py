@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from niels_gpt import contention
 from niels_gpt.infer.cache import KVCache, cache_for
 from niels_gpt.infer.native.decoder import NativeDecoder, decoder_for, is_watched
 from niels_gpt.model.blocks import Block
@@ -102,11 +103,13 @@ class Engine:
 
     def _pass(self, row: int, ids: Sequence[int], start: int, watch: Watch | None) -> Outlook:
         """One pass of PyTorch over ids at positions start.. of a row."""
+        contention.look()
         cache = KVCache(self.cache.k[:, row : row + 1], self.cache.v[:, row : row + 1], t=start)
         x = torch.tensor([list(ids)], device=cache.k.device)
         return last_outlook(self.model, x, cache, watch)
 
     def _plain(self, tokens: list[int], positions: list[int], rows: Sequence[int]) -> Tensor:
+        contention.look()
         device, upto = self.cache.k.device, max(positions) + 1
         every = torch.tensor([tokens, positions], device=device)
         live = torch.tensor([row in rows for row in range(self.cache.B)], device=device)

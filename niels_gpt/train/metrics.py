@@ -75,7 +75,7 @@ class MetricsFile:
 
 
 def _keep_only(path: Path, content: str) -> None:
-    """Make `content` all that a file holds; by cutting it off where that is enough, as a full disk lets nobody write."""
+    """Make `content` all that a file holds; by cutting the file off where that is enough: a full disk allows that."""
     wanted = content.encode()
     if path.is_file() and path.read_bytes().startswith(wanted):
         os.truncate(path, len(wanted))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from niels_gpt import contention
 from niels_gpt.batching import Batch
 from niels_gpt.device import Precision
 from niels_gpt.model.gpt import GPT
@@ -75,6 +76,7 @@ class Stepper:
 
     def step(self, step: int) -> StepResult:
         """Take step number `step`, counted from 0. A step that is not finite leaves no trace."""
+        contention.look()
         while True:
             with self.clock("data"):
                 batches = self._batches(step)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from niels_gpt import checkpoint as ckpt
+from niels_gpt import contention
 from niels_gpt.batching import Batch
 from niels_gpt.cache.pretrain import build_pretrain
 from niels_gpt.checkpoint import format as checkpoint_format
@@ -52,6 +53,14 @@ def test_both_phases_train_and_return_what_they_promise(world: dict[str, Any], c
         assert Path("checkpoints", f"{name}.resolved_settings.json").is_file()
     loaded = ckpt.load_model("checkpoints/best.pt", device="cpu")  # by itself: it carries its tokenizer
     assert loaded.tokenizer.vocab_size == workshop.V and loaded.settings is not None
+
+
+def test_every_step_on_a_cpu_looks_for_other_programs(world: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(contention, "look", lambda: looks.append(1))
+    loop = workshop.make_loop(world)
+    loop.train_step(0), loop.train_step(1)
+    assert len(looks) == 2
 
 
 def test_two_fresh_runs_are_identical_and_a_seed_matters(world: dict[str, Any]) -> None:
