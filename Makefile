@@ -28,7 +28,7 @@ quickstart: install
 	$(BIN)/niels-gpt quickstart $(QUICKSTART_ARGS)
 
 test: install
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 3 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .
@@ -39,7 +39,7 @@ check: install
 
 coverage: install
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 2 --dist loadfile
+	$(BIN)/coverage run -m pytest -n 3 --dist loadfile
 	$(BIN)/coverage combine -q
 	$(BIN)/python -m tests.floor_coverage
 

@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace) -> int:
     summary: Summary = stage(
         console, "5/5 summary", lambda say: measure(loaded, pretrained_model(), plan.settings, trained, system, say)
     )
-    show(wide_console(), summary, seconds)
+    show(wide_console(), summary, seconds, out)
     if not args.no_chat and sys.stdin.isatty() and sys.stdout.isatty():
         console.print("\nChat with it (/help for commands, /exit to leave):", markup=False)
         return run_chat(loaded, build_options(loaded.settings, system))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +114,8 @@ def source_scores(loaded: LoadedModel, base: Path, settings: Settings, share: fl
     return scores
 
 
-def show(console: Console, summary: Summary, seconds: float) -> None:
-    """Print the summary. `seconds`: wall time of both training phases together."""
+def show(console: Console, summary: Summary, seconds: float, out: Path) -> None:
+    """Print the summary. seconds: wall time of both phases together; out: the run's folder, seen from the user's."""
     total = sum(summary.tokens.values())
     trained = sum(summary.seconds.values())
     console.print(
@@ -136,11 +137,12 @@ def show(console: Console, summary: Summary, seconds: float) -> None:
     console.print("\nsample replies at temperature 0:", markup=False)
     for question, reply in summary.samples:
         console.print(f"  > {question}\n  {reply}", markup=False)
-    folder = paths.CHECKPOINT_DIR
+    best = out / paths.CHECKPOINT_DIR / "best.pt"
+    named = shlex.quote(str(best))
     console.print(
-        f"\nmodel: {folder / 'best.pt'} (carries its tokenizer; settings beside it); logs: {paths.RUNS_DIR}/\n"
-        f"chat:    niels-gpt chat --ckpt {folder / 'best.pt'}\n"
-        f'ask:     niels-gpt chat --ckpt {folder / "best.pt"} --temperature 0 --prompt "what is your name?"\n'
+        f"\nmodel: {best} (carries its tokenizer; settings beside it); logs: {out / paths.RUNS_DIR}/\n"
+        f"chat:    niels-gpt chat --ckpt {named}\n"
+        f'ask:     niels-gpt chat --ckpt {named} --temperature 0 --prompt "what is your name?"\n'
         "longer:  niels-gpt quickstart --minutes 30 --out longer",
         markup=False,
     )

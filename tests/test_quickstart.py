@@ -49,7 +49,11 @@ def test_it_makes_a_model_and_says_how_good_it_is(first: tuple[Path, str]) -> No
     assert bits is not None and float(bits[1]) < float(bits[3]) < 8.0  # seconds of training beat letter frequencies
     assert re.search(r"primer recall, 100 of 1,\d{3} trained questions: \d+/100 \(", out)
     assert re.search(r"primer recall, held-out: \d+/60 \(", out)
-    assert "> what is your name?" in out and "niels-gpt chat --ckpt checkpoints/best.pt" in out
+    assert (
+        "> what is your name?" in out
+        and "niels-gpt chat --ckpt made/checkpoints/best.pt" in out
+        and "logs: made/runs/" in out
+    )
     for name in ("best.pt", "latest.pt", "pretrain/best.pt", "sft/best.pt"):
         assert (folder / "checkpoints" / name).is_file()
     assert (folder / "artifacts/tokenizer/quickstart/spm.model").is_file()

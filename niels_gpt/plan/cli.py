@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -30,8 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--hours must be between {SHORTEST:g} and {LONGEST:g}")
     if not 0 <= args.seed < 2**63:
         parser.error("--seed must be between 0 and 2^63 - 1")
-    if args.memory_gb is not None and not args.memory_gb > 0:
-        parser.error("--memory-gb must be above 0")
+    if args.memory_gb is not None and not 0 < args.memory_gb < math.inf:
+        parser.error("--memory-gb must be above 0, and a number")
+    if args.sources == "":
+        parser.error("--sources must name at least one")
     if args.out is not None and Path(args.out).is_dir():
         parser.error(f"--out {args.out} is a folder; give a file, such as {Path(args.out) / 'plan.json'}")
     expected = (ValueError, OSError, RuntimeError)

@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from niels_gpt import files
 from niels_gpt.plan import probe
 from niels_gpt.plan.candidates import Candidate, Question, candidates, shapes
@@ -18,10 +20,10 @@ from niels_gpt.plan.limits import Limits, limits_here
 from niels_gpt.plan.recipe import Shape, seeded, tuned
 from niels_gpt.plan.text import PRIMER, Text, checked_sources, mix_of, read_text
 from niels_gpt.settings import Settings, validate_overrides
+from niels_gpt.settings.errors import reworded
 
 FORMAT, VERSION = "niels-gpt plan", 1
 SHORTEST, LONGEST = 0.05, 100.0  # hours
-NEEDED = {"name", "seconds", "total_seconds", "evaluated_windows", "prediction", "peak_bytes", "disk_bytes", "tokens"}
 UNKNOWN_ERROR = 0.08  # standard deviation of the logarithm of a text's factor that nobody has measured
 LEAST_PROBE_S = 15.0
 Say = Callable[[str], None]
@@ -162,12 +164,41 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is a plan of version {found.get('version')}, this program reads {VERSION}; plan again"
         )
-    missing = {"hours", "seed", "chosen", "settings", "device"} - set(found)
-    chosen = found.get("chosen")
-    if not isinstance(chosen, dict):
-        missing.add("chosen")
-    else:
-        missing |= {f"chosen.{key}" for key in NEEDED - set(chosen)}
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; plan again")
+    try:
+        _Needed.model_validate(found, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{path} was changed: {'; '.join(reworded(error))}; plan again") from None
     return found
+
+
+class _NeededSeconds(BaseModel):
+    pretrain: float
+    sft: float
+    evaluation: float
+
+
+class _NeededPrediction(BaseModel):
+    bpb: float
+    low: float
+    high: float
+
+
+class _NeededChosen(BaseModel):
+    name: str
+    seconds: _NeededSeconds
+    total_seconds: float
+    evaluated_windows: int | None
+    prediction: _NeededPrediction
+    peak_bytes: float
+    disk_bytes: float
+    tokens: float
+
+
+class _Needed(BaseModel):
+    """What carrying out a plan reads of it."""
+
+    hours: float
+    seed: int
+    device: str
+    settings: dict[str, Any]
+    chosen: _NeededChosen

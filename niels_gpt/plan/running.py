@@ -45,7 +45,7 @@ def run_planned(path: Path, *, device: str | None = None, no_resume: bool = Fals
     began = psutil.Process().create_time()
     record = read_plan(path)
     settings, chosen = validate_overrides(record["settings"]), record["chosen"]
-    chosen_device = resolve_device(device or record["device"])
+    chosen_device = _device_of(record, device, path)
     console = Console(highlight=False, soft_wrap=True)
     total = chosen["total_seconds"]
     console.print(f"{path}: {chosen['name']}, {clock(total)} in {Path.cwd()}", markup=False)
@@ -80,6 +80,17 @@ def run_planned(path: Path, *, device: str | None = None, no_resume: bool = Fals
     best = paths.CHECKPOINT_DIR / "best.pt"
     console.print(f"talk to it: niels-gpt chat --ckpt {best}", markup=False)
     return actual
+
+
+def _device_of(record: Mapping[str, Any], asked: str | None, path: Path) -> str:
+    try:
+        return resolve_device(asked or record["device"])
+    except ValueError as error:
+        if asked is not None:
+            raise
+        raise ValueError(
+            f"{path} was made for {record['device']}, which is not here; plan again on this machine, or give --device"
+        ) from error
 
 
 def _bits(settings: Settings, device: str, windows: int | None, say: Say) -> float:

@@ -93,5 +93,10 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Entries of a metrics file, [] if there is none; a line that a power cut left half-written is passed over."""
-    return [entry for entry in whole_json_lines(path) if "phase" in entry and "step" in entry]
+    """Entries of a metrics file, [] if there is none; what else is in it, such as half a line, is passed over."""
+    return [entry for entry in whole_json_lines(path) if _is_entry(entry)]
+
+
+def _is_entry(entry: Mapping[str, Any]) -> bool:
+    types = {"phase": str, "kind": str, "step": int}
+    return all(isinstance(entry.get(name), kind) for name, kind in types.items())

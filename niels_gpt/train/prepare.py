@@ -65,8 +65,8 @@ def make_tokenizer(settings: Settings, seed: int, say: Say) -> SentencePieceToke
     meta_path = path.with_name("tokenizer_meta.json")
     sources = {name: get_source(name).describe(settings, "pretrain") for name in sorted(settings.data.mix_pretrain)}
     wanted = {"sources": sources, "asked_vocab_size": settings.tokenizer.vocab_size}
-    if path.is_file() and meta_path.is_file():
-        meta = files.read_json(meta_path)
+    if path.is_file():
+        meta = _record_of_tokenizer(meta_path)
         if {key: meta.get(key) for key in wanted} == wanted and meta.get("tokenizer_sha256") == files.sha256_file(path):
             say(f"reused {path}")
             return load_tokenizer(path)
@@ -76,6 +76,15 @@ def make_tokenizer(settings: Settings, seed: int, say: Say) -> SentencePieceToke
     tokenizer = load_tokenizer(path)
     say(f"{tokenizer.vocab_size:,} pieces, in {path}")
     return tokenizer
+
+
+def _record_of_tokenizer(path: Path) -> dict[str, Any]:
+    """How a tokenizer was made; {} where that cannot be read, so that it is made anew."""
+    try:
+        found = files.read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def make_caches(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> None:

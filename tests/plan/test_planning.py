@@ -121,6 +121,15 @@ def test_wrong_usage(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> No
     assert stopped.value.code == 2 and "--hours" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "wrong", [("--memory-gb", "0"), ("--memory-gb", "inf"), ("--memory-gb", "nan"), ("--sources", "")]
+)
+def test_wrong_options(wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--hours", "0.1", *wrong])
+    assert stopped.value.code == 2 and f"error: {wrong[0]} must" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("_measured")
 def test_what_cannot_be_planned_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--sources", "nowhere"], ["--memory-gb", "0.01"], ["--device", "tpu"]):
@@ -140,16 +149,44 @@ def test_files_that_are_no_plan(tmp_path: Path) -> None:
         ("[]", "is no plan"),
         ('{"model": {}}', "is no plan"),
         ('{"format": "niels-gpt plan", "version": 9}', "version 9"),
-        ('{"format": "niels-gpt plan", "version": 1, "hours": 1}', "lacks chosen, device, seed, settings"),
+        (
+            '{"format": "niels-gpt plan", "version": 1, "hours": 1}',
+            "seed: is missing; device: .*; settings: .*; chosen: is missing; plan again",
+        ),
         (
             '{"format": "niels-gpt plan", "version": 1, "hours": 1, "seed": 1, "device": "cpu", "settings": {},'
             ' "chosen": {"name": "64x2", "seconds": {}}}',
-            "lacks chosen.disk_bytes, .*chosen.total_seconds; plan again",
+            "chosen.seconds.pretrain: is missing; .*chosen.total_seconds: is missing; .*; plan again",
         ),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=said):
             read_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        ("settings", [], r"settings: must be an object \(got a list\)"),
+        ("seed", "x", r'seed: must be a whole number \(got "x"\)'),
+        ("chosen.total_seconds", "x", r'chosen.total_seconds: must be a number \(got "x"\)'),
+        ("chosen.seconds", {}, "chosen.seconds.pretrain: is missing; .*chosen.seconds.evaluation: is missing"),
+        ("chosen.prediction", {}, "chosen.prediction.bpb: is missing"),
+    ],
+)
+def test_what_carrying_out_a_plan_needs_is_checked_first(where: str, value: object, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    whole = json.loads(json.dumps(plan(0.5, tmp_path).record()))
+    path.write_text(json.dumps(whole))
+    assert read_plan(path) == whole
+    *outer, last = where.split(".")
+    inner = whole
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    path.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=f"plan.json was changed: {said}.*; plan again"):
+        read_plan(path)
 
 
 def test_a_plan_has_its_own_settings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from niels_gpt.cli import main
@@ -105,6 +106,16 @@ def test_one_that_is_stopped_goes_on(record: dict[str, Any], tmp_path: Path) -> 
     actual = json.loads(next(tmp_path.glob(f"runs/*/{KEPT}")).read_text())["actual"]
     assert set(actual["steps"]) == {"pretrain", "sft"} and actual["steps"]["pretrain"] > 0  # of the session before
     assert actual["seconds"] > sum(SECONDS[part] for part in ("start", "pretrain", "sft"))
+
+
+def test_a_plan_for_another_device_says_so(
+    record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Path("plan.json").write_text(json.dumps({**record, "device": "cuda"}))
+    assert main(["train", "--plan", "plan.json"]) == 1
+    assert "plan.json was made for cuda, which is not here; plan again on this machine" in capsys.readouterr().err
 
 
 def test_what_compiling_takes_is_not_trained_over(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from niels_gpt.settings import validate_overrides
-from niels_gpt.tokenizer import corpus
+from niels_gpt.tokenizer import SentencePieceTokenizer, corpus
 from niels_gpt.train import prepare
 
 MEGABYTE = 10**6
@@ -53,3 +54,20 @@ def test_the_tokenizer_reads_50_mb_of_a_mix_at_most(monkeypatch: pytest.MonkeyPa
     with pytest.raises(Enough):
         prepare.make_tokenizer(settings, 42, lambda text: None)
     assert read == {"wikitext": 45, "primer": 5}
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b'{"sources": 1}'])
+def test_a_tokenizer_whose_record_cannot_be_read_is_made_anew(
+    content: bytes, tiny_tokenizer: SentencePieceTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_tokenizer(*arguments: object, **more: object) -> None:
+        raise Enough
+
+    monkeypatch.setattr(prepare, "train_tokenizer", train_tokenizer)
+    assert tiny_tokenizer.model_path is not None
+    model = tmp_path / "spm.model"
+    model.write_bytes(tiny_tokenizer.model_path.read_bytes())
+    model.with_name("tokenizer_meta.json").write_bytes(content)
+    settings = validate_overrides({"tokenizer": {"model_path": str(model)}, "data": {"mix_pretrain": {"primer": 1.0}}})
+    with pytest.raises(Enough):
+        prepare.make_tokenizer(settings, 42, lambda text: None)

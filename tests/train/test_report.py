@@ -193,6 +193,15 @@ def test_metrics_outlive_a_full_disk(capsys: pytest.CaptureFixture[str]) -> None
     assert len(warnings) == 1 and "training goes on" in warnings[0]
 
 
+def test_what_is_no_entry_of_a_run_is_passed_over() -> None:
+    path = Path("runs/r/metrics.jsonl")
+    path.parent.mkdir(parents=True)
+    good = {"phase": "pretrain", "kind": "step", "step": 1}
+    bad = [{"phase": "pretrain", "step": 1}, {**good, "phase": ["pretrain"]}, {**good, "step": "1"}, 3, {}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*bad, good]))
+    assert read_metrics(path) == [good]
+
+
 def test_going_back_forgets_what_will_be_done_again() -> None:
     path = Path("runs/r/metrics.jsonl")
     path.parent.mkdir(parents=True)
