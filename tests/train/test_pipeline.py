@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,56 @@ def test_other_weights_of_pretraining_make_fine_tuning_start_afresh(
     run_pipeline(pipeline, device="cpu", no_auto_resume=True)
     out = capsys.readouterr().out
     assert "resumed from" not in out and out.count("sft init from checkpoints/pretrain/best.pt") == 2
+
+
+def missing_file(config: dict[str, Any]) -> None:
+    Path("sft.json").unlink()
+
+
+def unknown_setting(config: dict[str, Any]) -> None:
+    config["model"]["TT"] = 1
+
+
+def no_chats(config: dict[str, Any]) -> None:
+    config["data"]["caches"]["sft_token_cache"] = "nowhere"
+
+
+def other_model(config: dict[str, Any]) -> None:
+    config["model"] |= {"C": 64, "mlp_bias": True}
+
+
+def other_tokenizer(config: dict[str, Any]) -> None:
+    data = bytearray(Path(config["tokenizer"]["model_path"]).read_bytes())
+    Path("other.model").write_bytes(data.replace(b"\xe2\x96\x81the", b"\xe2\x96\x81teh"))
+    config["tokenizer"]["model_path"] = "other.model"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (missing_file, r"sft\.json"),
+        (unknown_setting, r"model\.TT"),
+        (no_chats, r"no cache at nowhere/primer"),
+        (
+            other_model,
+            r"both\.json and .*sft\.json differ in model\.C \(32, 64\), model\.mlp_bias \(False, True\); give",
+        ),
+        (other_tokenizer, r"differ in the tokenizer \([0-9a-f]{64}, [0-9a-f]{64}\)"),
+    ],
+)
+def test_what_keeps_fine_tuning_from_starting_is_said_before_pretraining(
+    pipeline: Path, spoil: Callable[[dict[str, Any]], None], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads(Path("both.json").read_text())
+    Path("sft.json").touch()
+    pipeline.write_text(json.dumps({"pretrain_config_path": "both.json", "sft_config_path": "sft.json"}))
+    spoil(config)
+    if Path("sft.json").is_file():
+        Path("sft.json").write_text(json.dumps(config))
+    assert main(["--phase", "pipeline", "--config", str(pipeline), "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert re.search(says, said) and said.count("error: ") == 1
+    assert not Path("runs").exists() and not Path("checkpoints").exists()
 
 
 def test_a_budget_is_shared_out_and_what_is_left_is_for_fine_tuning(pipeline: Path) -> None:
