@@ -13,6 +13,7 @@ from niels_gpt.settings import resolve_settings
 from niels_gpt.tokenizer import open_tokenizer
 from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.lineage import newest, pretrained_model, spent_seconds
+from niels_gpt.train.lock import only_training_here
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.saving import Origin
 from niels_gpt.train.sft import run_sft, sft_job
@@ -61,29 +62,30 @@ def run_pipeline(
     """
     pretrain_config, sft_config = pipeline_configs(config)
     world.on_main(lambda: check_configs(pretrain_config, sft_config))
-    spent = world.from_main(lambda: spent_seconds("pretrain", resume_path, no_auto_resume))
-    limits = world.from_main(lambda: budget_shares(limit or TimeLimit(), pretrain_config, spent))
-    afresh = no_auto_resume or resume_path is not None
-    done: dict[str, dict[str, Any]] = {}
-    if afresh or not world.from_main(sft_is_under_way):
-        done["pretrain"] = run_pretrain(
-            pretrain_config,
+    with only_training_here(world):
+        spent = world.from_main(lambda: spent_seconds("pretrain", resume_path, no_auto_resume))
+        limits = world.from_main(lambda: budget_shares(limit or TimeLimit(), pretrain_config, spent))
+        afresh = no_auto_resume or resume_path is not None
+        done: dict[str, dict[str, Any]] = {}
+        if afresh or not world.from_main(sft_is_under_way):
+            done["pretrain"] = run_pretrain(
+                pretrain_config,
+                device=device,
+                resume_path=resume_path,
+                no_auto_resume=no_auto_resume,
+                limit=limits["pretrain"],
+                world=world,
+            )
+        source = world.from_main(pretrained_model)
+        under_way = not afresh and world.from_main(sft_is_under_way)
+        done["sft"] = run_sft(
+            sft_config,
             device=device,
-            resume_path=resume_path,
-            no_auto_resume=no_auto_resume,
-            limit=limits["pretrain"],
+            no_auto_resume=not under_way,
+            init_model_path=source,
+            limit=world.from_main(lambda: _what_is_left(limit or TimeLimit(), limits["sft"])),
             world=world,
         )
-    source = world.from_main(pretrained_model)
-    under_way = not afresh and world.from_main(sft_is_under_way)
-    done["sft"] = run_sft(
-        sft_config,
-        device=device,
-        no_auto_resume=not under_way,
-        init_model_path=source,
-        limit=world.from_main(lambda: _what_is_left(limit or TimeLimit(), limits["sft"])),
-        world=world,
-    )
     return done
 
 

@@ -23,6 +23,7 @@ from niels_gpt.settings import Settings
 from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.job import Job
 from niels_gpt.train.lineage import pretrained_model
+from niels_gpt.train.lock import only_training_here
 from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import stream_eval
 from niels_gpt.train.report import Reporter, reporting
@@ -60,13 +61,20 @@ def run_sft(
     A fresh run has the weights of `init_model_path`; without it but with `from_pretrained`, those that pretraining left
     here, if they fit; else random ones. Returns `TrainResult.record`, last_val_pretrain_loss and last_val_sft_loss.
     """
-    start = start_phase(
-        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit, world=world
-    )
-    job = sft_job(start)
-    with reporting(start, quiet=quiet) as reporter:
-        init = _first_weights(start, init_model_path, from_pretrained, reporter) if start.resume is None else None
-        result = train(job, device=start.device, reporter=reporter, resume=start.resume, init=init)
+    with only_training_here(world):
+        start = start_phase(
+            PHASE,
+            config,
+            device=device,
+            resume_path=resume_path,
+            no_auto_resume=no_auto_resume,
+            limit=limit,
+            world=world,
+        )
+        job = sft_job(start)
+        with reporting(start, quiet=quiet) as reporter:
+            init = _first_weights(start, init_model_path, from_pretrained, reporter) if start.resume is None else None
+            result = train(job, device=start.device, reporter=reporter, resume=start.resume, init=init)
     losses = {name: evaluated.loss for name, evaluated in result.last_evals.items()}
     last = {f"last_val_{name}_loss": losses.get(name) for name in ("pretrain", "sft")}
     return {**result.record(), **last}
