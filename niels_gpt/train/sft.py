@@ -15,6 +15,7 @@ from niels_gpt.cache.chat_rows import ChatRows, as_chat_row
 from niels_gpt.cache.format import SftExamples
 from niels_gpt.cache.pretrain import open_source
 from niels_gpt.cache.sft import open_mix
+from niels_gpt.chat_format import sentinel_ids
 from niels_gpt.checkpoint.loaded import recorded_tokenizer
 from niels_gpt.epochs import TextRows
 from niels_gpt.eval import token_byte_lengths
@@ -108,9 +109,10 @@ def _pretrained(start: Start) -> tuple[Path | None, str]:
 
 
 def sft_job(start: Start) -> Job:
-    """Open the caches and tie them to the loop."""
+    """Open the caches and tie them to the loop. ValueError for a byte tokenizer, which no chat cache is made with."""
     settings, options = start.settings, start.options
     T = start.resolved.model_cfg.T
+    sentinel_ids(start.tokenizer)
     sources, mix = open_mix(settings, start.tokenizer, "train")
     evals: dict[str, Callable[[], Iterable[Batch]]] = {}
     if (stream := _pretrain_val(start, T)) is not None:

@@ -130,6 +130,18 @@ def test_what_keeps_fine_tuning_from_starting_is_said_before_pretraining(
     assert not Path("runs").exists() and not Path("checkpoints").exists()
 
 
+@pytest.mark.parametrize("phase", ["sft", "pipeline"])
+def test_a_byte_model_is_not_fine_tuned(pipeline: Path, phase: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No command could build chat caches for it."""
+    config = json.loads(Path("both.json").read_text())
+    config["tokenizer"], config["model"]["V"] = {"type": "byte"}, 256
+    Path("both.json").write_text(json.dumps(config))
+    chosen = pipeline if phase == "pipeline" else Path("both.json")
+    assert main(["--phase", phase, "--config", str(chosen), "--device", "cpu"]) == 1
+    expected = "error: a byte tokenizer has no sentinels; its models chat in text form\n"
+    assert capsys.readouterr().err == expected and not Path("checkpoints/pretrain").exists()
+
+
 def test_a_budget_is_shared_out_and_what_is_left_is_for_fine_tuning(pipeline: Path) -> None:
     found = budget_shares(TimeLimit(10.0), "both.json")
     assert found["pretrain"].minutes == pytest.approx(9) and found["sft"].minutes == pytest.approx(1)
