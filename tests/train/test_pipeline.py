@@ -197,6 +197,21 @@ def test_fine_tuning_alone_starts_from_what_pretraining_left(
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [[], ["--no-resume"]])
+def test_damaged_pretraining_is_advised_to_be_done_again(
+    world: dict[str, Any], flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path("checkpoints/pretrain")
+    folder.mkdir(parents=True)
+    (folder / "latest.pt").write_bytes(b"half")
+    Path("sft.json").write_text(json.dumps(world))
+    assert main(["--phase", "sft", "--config", "sft.json", "--device", "cpu", *flags]) == 1
+    assert capsys.readouterr().err == (
+        "error: every checkpoint in checkpoints/pretrain is damaged (latest.pt); restore one, or pretrain again:"
+        " --phase pretrain --no-resume\n"
+    )
+
+
 def test_a_fine_tuned_checkpoint_knows_what_was_read_before(world: dict[str, Any]) -> None:
     for phase in ("pretrain", "sft"):
         world["training"][phase] |= {"total_steps": 1, "warmup_steps": 0}
