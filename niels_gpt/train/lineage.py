@@ -35,7 +35,11 @@ class Saved:
 
 def read(checkpoint: Path) -> Saved:
     """What a checkpoint says. FileNotFoundError or ValueError if it is none."""
-    loaded = ckpt.load_checkpoint(checkpoint, device="cpu")
+    return said_by(ckpt.load_checkpoint(checkpoint, device="cpu"))
+
+
+def said_by(loaded: ckpt.Checkpoint) -> Saved:
+    """What a checkpoint that is loaded says."""
     return Saved(loaded["step"], loaded["resume"] or {})
 
 

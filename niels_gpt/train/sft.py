@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,15 @@ def run_sft(
 
 
 def _first_weights(start: Start, asked: str | Path | None, from_pretrained: bool, reporter: Reporter) -> Path | None:
-    """The checkpoint whose weights a fresh run begins with; None for random ones. Says which."""
+    """The checkpoint whose weights a fresh run begins with; None for random ones. Says which.
+
+    ValueError if the one that is asked for does not fit.
+    """
     init, why = None if asked is None else Path(asked), "no others are given"
     if init is None and from_pretrained:
         init, why = start.world.from_main(lambda: _pretrained(start))
+    elif init is not None and (misfit := start.world.from_main(partial(_misfit, start, init))):
+        raise ValueError(f"cannot fine-tune from here: {misfit}; use the settings that it was trained with")
     if init is None:
         reporter.warn(f"fine-tuning starts from random weights: {why}")
     else:
@@ -98,14 +104,20 @@ def _pretrained(start: Start) -> tuple[Path | None, str]:
         path = pretrained_model()
     except RuntimeError as error:
         return None, str(error)
+    misfit = _misfit(start, path)
+    return (None, misfit) if misfit else (path, "")
+
+
+def _misfit(start: Start, path: Path) -> str:
+    """Why a run cannot begin with the weights of a checkpoint; "" if it can."""
     loaded = ckpt.load_checkpoint(path, device="cpu")
     if recorded_tokenizer(loaded) not in (None, start.tokenizer.sha256):
-        return None, f"{path} was trained with another tokenizer"
+        return f"{path} was trained with another tokenizer"
     try:
         ckpt.check_same_model(loaded, start.resolved.model_cfg, start.resolved.arch)
     except ValueError as error:
-        return None, f"{path} does not fit: {error}"
-    return path, ""
+        return f"{path} does not fit: {error}"
+    return ""
 
 
 def sft_job(start: Start) -> Job:
