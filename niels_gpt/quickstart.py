@@ -27,6 +27,7 @@ from niels_gpt.plan.recipe import seeded, tuned, with_minutes
 from niels_gpt.settings import PHASES, Settings, validate_overrides
 from niels_gpt.summary import Summary, measure, show
 from niels_gpt.train.lineage import pretrained_model
+from niels_gpt.train.lock import only_training_here
 from niels_gpt.train.prepare import compile_kernels, make_caches, make_tokenizer, set_other_runs_aside, stage
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.sft import run_sft
@@ -93,6 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+@only_training_here()
 def train_both(plan: Plan, console: Console) -> dict[str, dict[str, Any]]:
     """Pretrain, then fine-tune from the best; a finished or interrupted run with the same settings is taken up."""
     set_other_runs_aside(plan.settings, console)

@@ -107,8 +107,12 @@ class Loop:
         with catching_signals() as self._heard, watching(self.world, self.options.silence_s):
             if self.state.step % self.options.eval_every == 0 and self.state.evaluated_step != self.state.step:
                 self._after_step()  # a signal came before the evaluation that was due
+            went_on = False
             while not self._stopping() and not self._is_over():
+                went_on = True
                 self._one_step()
+            if self.saver.is_finished and not went_on:
+                self.budget.leave_session_out()
             self._finish()
         return TrainResult(
             self.state,
