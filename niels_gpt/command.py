@@ -29,6 +29,7 @@ def exit_status(
     An exception in `expected` becomes `error: ...` on stderr and 1. Ctrl-C becomes 130, with the sentence `stopped`;
     Interrupted its own code, with its own sentence; a reader of stdout that has gone becomes `reader_gone`, silently.
     go_on: how to take up the work again, which is added to these three.
+    reader_gone: 0 for what only shows something: its reader has what he wanted. 1 for work and for verdicts.
     Wrong usage is argparse's, and 2. Other exceptions are bugs: they pass.
     """
     try:
@@ -52,4 +53,7 @@ def exit_status(
 
 def _say(*parts: str | None) -> None:
     if line := "; ".join(part for part in parts if part is not None):
-        print(line, file=sys.stderr, flush=True)
+        try:
+            print(line, file=sys.stderr, flush=True)
+        except OSError:  # it went where stdout went
+            files.discard_output(sys.stderr)

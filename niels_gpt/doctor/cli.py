@@ -20,6 +20,7 @@ from rich.text import Text
 
 from niels_gpt import paths
 from niels_gpt.command import exit_status
+from niels_gpt.console import OutputConsole
 from niels_gpt.device import resolve_device
 from niels_gpt.doctor.checks import Check, all_checks, device_of
 from niels_gpt.doctor.look import look_around
@@ -65,7 +66,7 @@ def examine(args: argparse.Namespace, settings: Settings, device: str | None) ->
         record |= {"checks": [asdict(check) for check in checks], "self_test": asdict(outcome) if outcome else None}
         print(json.dumps(record, indent=2))
     else:
-        show(Console(highlight=False), checks, works)
+        show(OutputConsole(soft_wrap=False), checks, works)
     return 0 if works else 1
 
 
