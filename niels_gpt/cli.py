@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from niels_gpt.command import exit_status
+from niels_gpt.command import exit_status, open_streams
 
 COMMANDS = {
     "quickstart": ("niels_gpt.quickstart", "train a small chat model offline, in minutes, and talk to it"),
@@ -27,6 +27,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    open_streams()
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         return exit_status(_help, reader_gone=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -14,6 +15,18 @@ class Interrupted(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def open_streams() -> None:
+    """Give a program that was started without stdin, stdout or stderr (`<&-`, `>&-`) an empty one instead.
+
+    Python has None for them, and the next file that is opened would get their number, and what is meant for them.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - for as long as the program runs
+            os.set_inheritable(stream.fileno(), stream.fileno() <= 2)
+            setattr(sys, name, stream)
 
 
 def exit_status(
@@ -32,6 +45,7 @@ def exit_status(
     reader_gone: 0 for what only shows something: its reader has what he wanted. 1 for work and for verdicts.
     Wrong usage is argparse's, and 2. Other exceptions are bugs: they pass.
     """
+    open_streams()
     try:
         status = work() or 0
         sys.stdout.flush()  # here, where a reader that has gone is dealt with

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from niels_gpt.command import Interrupted, exit_status
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def raising(error: BaseException) -> Callable[[], int | None]:
@@ -87,8 +90,36 @@ def test_a_reader_that_has_gone_is_no_traceback(script: str, status: int) -> Non
         assert process.wait(timeout=60) == status and process.stderr.read() == b""
 
 
+@pytest.mark.parametrize(
+    ("closed", "arguments", "status"),
+    [
+        (">&-", "", 0),
+        ("<&- >&- 2>&-", "train --phase pretrain --profile offline --device cpu --print_config", 0),
+    ],
+)
+def test_a_stream_that_was_closed_from_the_start_is_an_empty_one(
+    tmp_path: Path, closed: str, arguments: str, status: int
+) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m niels_gpt.cli {arguments} {closed}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (status, "") and "Traceback" not in done.stderr
+
+
+def test_what_is_opened_next_does_not_get_the_number_of_a_closed_stream() -> None:
+    script = "from niels_gpt.command import open_streams; open_streams(); exit(open('/dev/null').fileno())"
+    done = subprocess.run(["sh", "-c", f'exec {sys.executable} -c "{script}" <&- >&- 2>&-'], cwd=ROOT, check=False)
+    assert done.returncode == 3
+
+
 def test_the_compiler_is_imported_by_those_who_compile_only() -> None:
     """It takes as long to import as PyTorch itself, and every start of a program would wait for it."""
     script = "import sys, niels_gpt.chat_cli, niels_gpt.train.run; sys.exit('torch._dynamo' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=False)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
     assert done.returncode == 0
