@@ -47,9 +47,7 @@ def exit_status(
     """
     open_streams()
     try:
-        status = work() or 0
-        sys.stdout.flush()  # here, where a reader that has gone is dealt with
-        return status
+        return _flushed(work)
     except BrokenPipeError:
         files.discard_output()
         _say(None if go_on is None else "the output was closed", go_on)
@@ -63,6 +61,17 @@ def exit_status(
     except KeyboardInterrupt:
         _say("interrupted" if stopped is None and go_on is not None else stopped, go_on)
         return 130
+
+
+def _flushed(work: Callable[[], int | None]) -> int:
+    """Run the work and write out what stdout still holds: here, where a reader that has gone is dealt with."""
+    try:
+        status = work() or 0
+    except SystemExit:  # of argparse, after --help
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return status
 
 
 def _say(*parts: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,6 +75,8 @@ def test_a_bug_passes() -> None:
     [
         ("from niels_gpt.command import exit_status; exit(exit_status(lambda: print('x' * 100_000)))", 1),
         ("from niels_gpt.cli import main; exit(main(['--help']))", 0),
+        ("from niels_gpt.cli import main; exit(main(['settings', '--help']))", 0),
+        ("from niels_gpt.cli import main; exit(main(['settings', '--print']))", 0),
     ],
 )
 def test_a_reader_that_has_gone_is_no_traceback(script: str, status: int) -> None:
@@ -91,10 +94,32 @@ def test_a_reader_that_has_gone_is_no_traceback(script: str, status: int) -> Non
 
 
 @pytest.mark.parametrize(
+    ("program", "library", "said"),
+    [("niels_gpt.cli", "try: {}\nexcept: pass", ""), ("train.run", "{}", "interrupted\n")],
+    ids=["niels-gpt", "train.run"],
+)
+def test_ctrl_c_while_libraries_load_is_no_traceback(tmp_path: Path, program: str, library: str, said: str) -> None:
+    (tmp_path / "torch.py").write_text("import signal\n" + library.format("signal.raise_signal(signal.SIGINT)"))
+    done = subprocess.run(
+        [sys.executable, "-m", program, "train", "--help"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", said)
+
+
+def test_the_table_of_programs_loads_without_pytorch() -> None:
+    script = "import sys, niels_gpt.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
     ("closed", "arguments", "status"),
     [
         (">&-", "", 0),
-        ("<&- >&- 2>&-", "train --phase pretrain --profile offline --device cpu --print_config", 0),
+        ("<&- >&- 2>&-", "settings --print", 0),
     ],
 )
 def test_a_stream_that_was_closed_from_the_start_is_an_empty_one(
