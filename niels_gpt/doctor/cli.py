@@ -89,6 +89,8 @@ def check_of(outcome: Outcome | None) -> Check:
 def show(console: Console, checks: list[Check], works: bool) -> None:
     """One screen: every check with its reason and what there is instead, then what to run, then the verdict."""
     table = Table.grid(padding=(0, 1))
+    for _ in range(3):
+        table.add_column(overflow="fold")  # in a narrow terminal a long name goes on below, and is not cut
     for check in checks:
         mark, colour = MARKS[check.status]
         line = Text.assemble((check.value, "bold"), f": {check.reason}")
