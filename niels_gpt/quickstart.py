@@ -21,7 +21,7 @@ from niels_gpt import checkpoint as ckpt
 from niels_gpt import paths
 from niels_gpt.chat import build_options, run_chat, system_prompt
 from niels_gpt.command import exit_status
-from niels_gpt.console import wide_console
+from niels_gpt.console import OutputConsole, wide_console
 from niels_gpt.device import get_device
 from niels_gpt.plan.recipe import seeded, tuned, with_minutes
 from niels_gpt.settings import PHASES, Settings, validate_overrides
@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     os.chdir(out)
-    console = Console(highlight=False, soft_wrap=True)
+    console = OutputConsole()
     plan = make_plan(args.minutes, args.seed)
     console.print(f"niels-gpt quickstart: {args.minutes:g} minutes of training in {Path.cwd()}", markup=False)
     tokenizer = stage(console, "1/5 tokenizer", lambda say: make_tokenizer(plan.settings, plan.seed, say))

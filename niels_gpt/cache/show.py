@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.text import Text
 
 from niels_gpt.cache.flags import chosen_roots, chosen_settings
 from niels_gpt.cache.format import open_pretrain, open_sft
 from niels_gpt.cache.integrity import open_folder
+from niels_gpt.console import OutputConsole
 from niels_gpt.data.registry import canonical_name
 from niels_gpt.data.types import SPLITS
 from niels_gpt.model.loss import IGNORED
@@ -43,7 +43,7 @@ def found(args: argparse.Namespace, settings: Settings) -> Iterator[tuple[str, P
 
 def show(args: argparse.Namespace) -> int:
     """Counts, sizes and samples of every cache; what the loss of a chat is taken on is in colour, or in ⟦ ⟧."""
-    bad, console, settings = 0, Console(highlight=False, soft_wrap=True), chosen_settings(args)
+    bad, console, settings = 0, OutputConsole(), chosen_settings(args)
     tokenizers = list(_tokenizers(args, settings))
     for name, folder in found(args, settings):
         try:

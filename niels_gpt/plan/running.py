@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt import files, paths
 from niels_gpt.cache.pretrain import open_mix
-from niels_gpt.console import wide_console
+from niels_gpt.console import OutputConsole, wide_console
 from niels_gpt.device import peak_memory, resolve_device
 from niels_gpt.eval import held_out_bits
 from niels_gpt.plan.candidates import step_tokens
@@ -47,7 +46,7 @@ def run_planned(path: Path, *, device: str | None = None, no_resume: bool = Fals
     record = read_plan(path)
     settings, chosen = validate_overrides(record["settings"]), record["chosen"]
     chosen_device = _device_of(record, device, path)
-    console = Console(highlight=False, soft_wrap=True)
+    console = OutputConsole()
     total = chosen["total_seconds"]
     console.print(f"{path}: {chosen['name']}, {clock(total)} in {Path.cwd()}", markup=False)
     tokenizer = stage(console, "1/4 tokenizer", lambda say: make_tokenizer(settings, record["seed"], say))

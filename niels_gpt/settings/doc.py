@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from niels_gpt import files, paths
+from niels_gpt.command import exit_status
 from niels_gpt.settings import Settings
 
 DOC = Path("docs/settings.md")
@@ -122,8 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     page, out = document(), args.out or paths.PROJECT_ROOT / DOC
     if args.print or (args.out is None and not out.parent.is_dir()):
-        print(page, end="")
-        return 0
+        return exit_status(lambda: print(page, end=""), reader_gone=0)
     if args.check:
         if out.is_file() and out.read_text(encoding="utf-8") == page:
             return 0
