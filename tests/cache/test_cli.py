@@ -176,6 +176,42 @@ def test_show_and_verify(here: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert "✓ pretrain/primer" in captured.out
 
 
+def test_no_cache_is_passed_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a name without one, nor a folder whose meta.json is gone; what is being built is not there yet."""
+    assert run("build", "primer") == 0
+    (here / "data/cache/sft/.text.new").mkdir()
+    for command in ("show", "verify"):
+        capsys.readouterr()
+        assert run(command, "primer", "dolly", "text") == 1
+        out, err = capsys.readouterr()
+        assert "✓ pretrain/primer" in out and "✓ sft/primer" in out
+        where = "no cache of that name in data/cache/pretrain or data/cache/sft; there is primer"
+        assert err == f"✗ dolly15k: {where}\n✗ text: {where}\n"
+    meta = here / "data/cache/sft/primer/meta.json"
+    was = meta.read_text()
+    meta.unlink()
+    for command in ("show", "verify"):
+        assert run(command) == 1
+        out, err = capsys.readouterr()
+        assert "✓ pretrain/primer" in out and "sft/primer" not in out
+        assert err.startswith("✗ sft/primer: data/cache/sft/primer is damaged or not finished: it has no meta.json; ")
+    meta.write_text(was + " ")
+    guard = meta.with_name("meta.json.sha256").read_text()
+    assert run("verify") == 1
+    err = capsys.readouterr().err
+    assert f"meta.json.sha256 names {guard[:64]}; build it" in err and "  meta.json" not in err
+
+
+def test_the_new_folder_of_a_killed_build_is_a_cache_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Between the two renames of a swap it is what training reads."""
+    assert run("build", "primer", "--phase", "sft") == 0
+    primer = here / "data/cache/sft/primer"
+    primer.with_name(".primer.old").mkdir()
+    primer.rename(primer.with_name(".primer.new"))
+    assert run("verify", "primer") == 0
+    assert "✓ sft/primer: 6 files are as written" in capsys.readouterr().out
+
+
 def test_the_quickstart_and_the_program_make_the_same_primer_caches(
     here: Path, tiny_tokenizer: SentencePieceTokenizer
 ) -> None:
