@@ -62,14 +62,22 @@ def add_sources(command: argparse.ArgumentParser) -> None:
         )
         command.add_argument(f"--fineweb-{split}-tokens", type=int, help=f"the same for {BUDGETED} alone")
     command.add_argument("--executor", choices=EXECUTORS, help="build text with datatrove, in tasks")
-    command.add_argument("--tasks", type=int, default=1, help="tasks of the executor (default: %(default)s)")
+    command.add_argument(
+        "--tasks", type=_count, default=1, metavar="N", help="tasks of the executor (default: %(default)s)"
+    )
     command.add_argument(
         "--partition", default=Where.partition, help="Slurm partition of the tasks (default: %(default)s)"
     )
     command.add_argument(
         "--time-limit", default=Where.time_limit, help="Slurm time limit of a task (default: %(default)s)"
     )
-    command.add_argument("--workers", type=int, help="processes that tokenize (default: one a core)")
+    command.add_argument("--workers", type=_count, metavar="N", help="processes that tokenize (default: one a core)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not (count := int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return count
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,12 @@ def test_wrong_usage_and_wrong_files_end_without_a_traceback(
         with pytest.raises(SystemExit) as caught:
             cli.main(argv)
         assert caught.value.code == 2
+    for flag, number in (("--workers", "0"), ("--workers", "-1"), ("--workers", "two"), ("--tasks", "0")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            run("build", "primer", flag, number)
+        assert caught.value.code == 2
+        assert f"argument {flag}: {number!r} must be a whole number, at least 1" in capsys.readouterr().err
     assert run("build", "primer", "--tokenizer", "none.model") == 1
     assert "error: there is no tokenizer model none.model" in capsys.readouterr().err
     (here / "c.json").write_text('{"data": 3}')
