@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +154,18 @@ def test_build_sft_primer_writes_to_a_folder_called_primer(here: Path, capsys: p
     assert "p.jsonl: line 11: not valid JSON" in capsys.readouterr().err
     assert run("build-sft-primer", *flags, "--out-dir", "x", "--skip-bad") == 0
     assert "dropped 1 malformed" in capsys.readouterr().out
+
+
+def test_every_command_builds_in_the_folders_of_its_config(here: Path) -> None:
+    """What lies in those of the settings may belong to another one."""
+    config = json.loads((here / "c.json").read_text())
+    config["data"]["caches"] = {"pretrain_token_cache": "mine/text", "sft_token_cache": "mine/primer"}
+    (here / "c.json").write_text(json.dumps(config))
+    for command, phases in (("build-sft-primer", 1), ("build primer", 2), ("build-all", 2)):
+        assert run(*command.split()) == 0
+        assert (here / "mine/primer/primer/meta.json").is_file() and not (here / "data/cache").exists()
+        assert (here / "mine/text/primer/meta.json").is_file() == (phases == 2)
+        shutil.rmtree(here / "mine")
 
 
 def test_show_and_verify(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
