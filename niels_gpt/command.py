@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -30,8 +31,10 @@ def exit_status(
     Interrupted its own code, with its own sentence; a reader of stdout that has gone becomes `reader_gone`, silently.
     go_on: how to take up the work again, which is added to these three.
     Wrong usage is argparse's, and 2. Other exceptions are bugs: they pass.
+    What the encoding of stdout lacks is written as escapes such as \\u2713, as Python does on stderr.
     """
     try:
+        _escape_unprintable()
         status = work() or 0
         sys.stdout.flush()  # here, where a reader that has gone is dealt with
         return status
@@ -48,6 +51,12 @@ def exit_status(
     except KeyboardInterrupt:
         _say("interrupted" if stopped is None and go_on is not None else stopped, go_on)
         return 130
+
+
+def _escape_unprintable() -> None:
+    """With LC_ALL=C most output could not be printed at all; a program that chose its own way keeps it."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _say(*parts: str | None) -> None:

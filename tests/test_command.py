@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,6 +57,15 @@ def test_how_to_go_on_is_said_after_every_stop(capsys: pytest.CaptureFixture[str
     ]
     assert exit_status(raising(ValueError("T is 0")), go_on="do it again") == 1
     assert capsys.readouterr().err == "error: T is 0\n"
+
+
+@pytest.mark.parametrize(
+    ("errors", "shown"), [("strict", b"\\u2713"), ("surrogateescape", b"\\u2713"), ("replace", b"?")]
+)
+def test_what_stdout_cannot_show_is_escaped(errors: str, shown: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", errors=errors))
+    assert exit_status(lambda: print("\u2713", end="")) == 0 and written.getvalue() == shown
 
 
 def test_a_bug_passes() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from niels_gpt import files
 from niels_gpt.cache.flags import chosen_roots, chosen_settings
 from niels_gpt.cache.folder import whole_folder
 from niels_gpt.cache.format import open_pretrain, open_sft
@@ -71,14 +72,17 @@ def show(args: argparse.Namespace) -> int:
             size = sum(entry["size"] for entry in meta.get("files", {}).values())
             sized = f", {size / 1e6:,.1f} MB" if size else ""
             sha = str(meta.get("tokenizer_sha256"))[:12]
-            console.print(f"✓ {name}: {summary(meta)}{sized}, tokenizer {sha}", markup=False)
+            lines: list[str | Text] = [f"✓ {name}: {summary(meta)}{sized}, tokenizer {sha}"]
             tokenizer = next((t for t in tokenizers if t.sha256 == meta.get("tokenizer_sha256")), None)
             if tokenizer is None:
-                console.print(f"  no samples: tokenizer {sha} is not here; name it with --config", markup=False)
-            for sample in samples(name, folder, tokenizer, colour=console.is_terminal) if tokenizer else ():
-                console.print(sample)
-        except (ValueError, FileNotFoundError) as error:
-            bad += _complain(f"{name}: {error}")
+                lines.append(f"  no samples: tokenizer {sha} is not here; name it with --config")
+            else:
+                lines += samples(name, folder, tokenizer, colour=console.is_terminal)
+        except (ValueError, OSError) as error:
+            bad += _complain(f"{name}: {files.explained(error)}")
+            continue
+        for line in lines:  # not within the try: what goes wrong here is no fault of the cache
+            console.print(line, markup=False)
     return 1 if bad else 0
 
 
@@ -152,8 +156,8 @@ def verify(args: argparse.Namespace) -> int:
     for name, folder in caches:
         try:
             _, meta, _ = open_folder(folder.parent, folder.name, verify=True)
-        except (ValueError, FileNotFoundError) as error:
-            bad += _complain(f"{name}: {error}")
+        except (ValueError, OSError) as error:
+            bad += _complain(f"{name}: {files.explained(error)}")
             continue
         listed = meta.get("files")
         print(f"✓ {name}: {len(listed)} files are as written" if listed else f"- {name}: it records no hashes to check")

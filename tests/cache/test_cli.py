@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import runpy
 import shutil
@@ -223,6 +224,21 @@ def test_the_new_folder_of_a_killed_build_is_a_cache_too(here: Path, capsys: pyt
     primer.rename(primer.with_name(".primer.new"))
     assert run("verify", "primer") == 0
     assert "✓ sft/primer: 6 files are as written" in capsys.readouterr().out
+
+
+def test_a_character_that_cannot_be_printed_is_no_damage(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("build", "primer", "--phase", "sft") == 0
+    capsys.readouterr()
+    for encoding, errors in (("ascii", "surrogateescape"), ("latin-1", "strict")):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, errors=errors))
+        assert run("show") == 0
+        assert b"\\u2713 sft/primer: " in written.getvalue() and b"\\u27e6" in written.getvalue()
+    monkeypatch.setattr("rich.console.Console.print", lambda *_, **__: "\u2713".encode("ascii"))
+    assert run("show") == 1
+    assert capsys.readouterr().err.startswith("error: 'ascii' codec can't encode")
 
 
 def test_the_quickstart_and_the_program_make_the_same_primer_caches(
