@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -44,9 +45,11 @@ def exit_status(
     go_on: how to take up the work again, which is added to these three.
     reader_gone: 0 for what only shows something: its reader has what he wanted. 1 for work and for verdicts.
     Wrong usage is argparse's, and 2. Other exceptions are bugs: they pass.
+    What the encoding of stdout lacks is written as escapes such as \\u2713, as Python does on stderr.
     """
     open_streams()
     try:
+        _escape_unprintable()
         return _flushed(work)
     except BrokenPipeError:
         files.discard_output()
@@ -72,6 +75,12 @@ def _flushed(work: Callable[[], int | None]) -> int:
         raise
     sys.stdout.flush()
     return status
+
+
+def _escape_unprintable() -> None:
+    """With LC_ALL=C most output could not be printed at all; a program that chose its own way keeps it."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _say(*parts: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -62,6 +63,15 @@ def test_how_to_go_on_is_said_after_every_stop(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "error: T is 0\n"
 
 
+@pytest.mark.parametrize(
+    ("errors", "shown"), [("strict", b"\\u2713"), ("surrogateescape", b"\\u2713"), ("replace", b"?")]
+)
+def test_what_stdout_cannot_show_is_escaped(errors: str, shown: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", errors=errors))
+    assert exit_status(lambda: print("\u2713", end="")) == 0 and written.getvalue() == shown
+
+
 def test_a_bug_passes() -> None:
     with pytest.raises(TypeError):
         exit_status(raising(TypeError("a bug")))
@@ -76,7 +86,7 @@ def test_a_bug_passes() -> None:
         ("from niels_gpt.command import exit_status; exit(exit_status(lambda: print('x' * 100_000)))", 1),
         ("from niels_gpt.cli import main; exit(main(['--help']))", 0),
         ("from niels_gpt.cli import main; exit(main(['settings', '--help']))", 0),
-        ("from niels_gpt.cli import main; exit(main(['settings', '--print']))", 0),
+        ("from niels_gpt.cli import main; exit(main(['settings']))", 0),
     ],
 )
 def test_a_reader_that_has_gone_is_no_traceback(script: str, status: int) -> None:
@@ -119,7 +129,7 @@ def test_the_table_of_programs_loads_without_pytorch() -> None:
     ("closed", "arguments", "status"),
     [
         (">&-", "", 0),
-        ("<&- >&- 2>&-", "settings --print", 0),
+        ("<&- >&- 2>&-", "settings", 0),
     ],
 )
 def test_a_stream_that_was_closed_from_the_start_is_an_empty_one(

@@ -34,7 +34,7 @@ from niels_gpt.cache.show import show, summary, verify
 from niels_gpt.cache.watch import watching
 from niels_gpt.command import exit_status
 from niels_gpt.data.registry import canonical_name, get_source, is_optional
-from niels_gpt.settings import PHASES, Settings
+from niels_gpt.settings import PHASES, Settings, default_settings
 from niels_gpt.tokenizer import SentencePieceTokenizer, Tokenizer, open_tokenizer
 
 
@@ -58,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     everything.set_defaults(run=_build_all)
 
     primer = commands.add_parser("build-sft-primer", help="build the chat cache of a chat JSONL file")
-    primer.add_argument("--out-dir", default="data/cache/sft", help="the cache is written to OUT_DIR/primer")
+    folder = default_settings().data.caches.sft_token_cache
+    primer.add_argument(
+        "--out-dir", help=f"the cache is OUT_DIR/primer (default: data.caches.sft_token_cache, {folder})"
+    )
     primer.set_defaults(run=_build_sft_primer)
 
     for command in (build, everything, primer):
@@ -69,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (("show", show, "list caches with samples"), ("verify", verify, "hash every cache again")):
         command = commands.add_parser(name, help=text)
         command.add_argument("sources", nargs="*", metavar="SOURCE", help="default: all")
-        command.add_argument("--cache-dir", help=f"holds pretrain/ and sft/ (default: {DEFAULT_CACHE_DIR})")
+        command.add_argument(
+            "--cache-dir", help=f"holds pretrain/ and sft/ (default: data.caches, {DEFAULT_CACHE_DIR})"
+        )
         command.add_argument("--config", help="JSON file of overrides")
         command.set_defaults(run=run)
     return parser
@@ -130,8 +135,9 @@ def _build_one(
 def _build_sft_primer(args: argparse.Namespace) -> int:
     settings = chosen_settings(args)
     tokenizer = open_tokenizer(settings, args.tokenizer)
-    given = Path(args.out_dir)
-    root = given.parent if given.name == "primer" else given
+    root = chosen_roots(args, settings).sft
+    if args.out_dir is not None and root.name == "primer":
+        root = root.parent
 
     def build(progress: Progress) -> dict[str, Any]:
         return build_sft(settings, tokenizer, "primer", root=root, strict=not args.skip_bad, progress=progress)

@@ -51,8 +51,8 @@ def add_building(command: argparse.ArgumentParser) -> None:
 def add_sources(command: argparse.ArgumentParser) -> None:
     """Flags of the commands that build sources by name."""
     data = default_settings().data
-    command.add_argument("--cache-dir", help=f"holds pretrain/ and sft/ (default: {DEFAULT_CACHE_DIR})")
-    command.add_argument("--out-dir", help="folder of the chat caches (default: sft/ in the cache folder)")
+    command.add_argument("--cache-dir", help=f"holds pretrain/ and sft/ (default: data.caches, {DEFAULT_CACHE_DIR})")
+    command.add_argument("--out-dir", help="folder of the chat caches (default: its sft/)")
     command.add_argument("--shard-bytes", type=int, help=f"size of a shard file (default: {data.caches.shard_bytes})")
     command.add_argument("--roam-dir", help=f"folder of your notes (default: {data.roam.root_dir})")
     command.add_argument("--text-dir", help=f"folder of your text files (default: {data.text.root_dir})")
@@ -62,14 +62,22 @@ def add_sources(command: argparse.ArgumentParser) -> None:
         )
         command.add_argument(f"--fineweb-{split}-tokens", type=int, help=f"the same for {BUDGETED} alone")
     command.add_argument("--executor", choices=EXECUTORS, help="build text with datatrove, in tasks")
-    command.add_argument("--tasks", type=int, default=1, help="tasks of the executor (default: %(default)s)")
+    command.add_argument(
+        "--tasks", type=_count, default=1, metavar="N", help="tasks of the executor (default: %(default)s)"
+    )
     command.add_argument(
         "--partition", default=Where.partition, help="Slurm partition of the tasks (default: %(default)s)"
     )
     command.add_argument(
         "--time-limit", default=Where.time_limit, help="Slurm time limit of a task (default: %(default)s)"
     )
-    command.add_argument("--workers", type=int, help="processes that tokenize (default: one a core)")
+    command.add_argument("--workers", type=_count, metavar="N", help="processes that tokenize (default: one a core)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not (count := int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return count
 
 
 @dataclass(frozen=True)
@@ -103,10 +111,10 @@ def chosen_budgets(args: argparse.Namespace, source: str) -> dict[str, Any]:
 
 
 def chosen_roots(args: argparse.Namespace, settings: Settings) -> Roots:
-    """Where the caches are: `--cache-dir` and `--out-dir`, else the folders of the settings."""
+    """Where the caches are: `--cache-dir` and `--out-dir`, of those that there are, else the settings."""
     caches = settings.data.caches
     roots = Roots(Path(caches.pretrain_token_cache), Path(caches.sft_token_cache))
-    if args.cache_dir is not None:
-        roots = Roots(Path(args.cache_dir) / "pretrain", Path(args.cache_dir) / "sft")
-    out_dir = getattr(args, "out_dir", None)
+    cache_dir, out_dir = getattr(args, "cache_dir", None), getattr(args, "out_dir", None)
+    if cache_dir is not None:
+        roots = Roots(Path(cache_dir) / "pretrain", Path(cache_dir) / "sft")
     return roots if out_dir is None else Roots(roots.pretrain, Path(out_dir))

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -105,12 +106,11 @@ def _read_meta(folder: Path, advice: str) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"no {path}; {advice}") from None
+        raise FileNotFoundError(f"{folder} is damaged or not finished: it has no {META}; {advice}") from None
     expected = guard.read_bytes() if guard.is_file() else None
     if expected is not None and expected != _hash_line(content):
-        raise ValueError(
-            f"{path} is damaged: its sha256 is {sha256_bytes(content)}, but {guard} says {_shown(expected)}; {advice}"
-        )
+        should = f"{guard} names {_hash_in(expected)}"
+        raise ValueError(f"{path} is damaged: its sha256 is {sha256_bytes(content)}, but {should}; {advice}")
     meta = read_json(path)
     if not isinstance(meta, dict):
         raise ValueError(f"{path} must hold a JSON object; {advice}")
@@ -119,8 +119,10 @@ def _read_meta(folder: Path, advice: str) -> dict[str, Any]:
     return meta
 
 
-def _shown(hash_line: bytes) -> str:
-    return ascii(hash_line[:80].decode("ascii", "replace").strip()).strip("'")
+def _hash_in(guard: bytes) -> str:
+    """The hash in a guard's line, for a message; the guard may be the damaged one."""
+    hash_, _, _ = guard.decode("ascii", "replace").partition(" ")
+    return hash_ if re.fullmatch("[0-9a-f]{64}", hash_) else "no sha256"
 
 
 def open_folder(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
+from niels_gpt import files
 from niels_gpt.cache.flags import chosen_roots, chosen_settings
+from niels_gpt.cache.folder import whole_folder
 from niels_gpt.cache.format import open_pretrain, open_sft
 from niels_gpt.cache.integrity import open_folder
 from niels_gpt.console import OutputConsole
@@ -27,40 +30,66 @@ SAMPLE_TOKENS = 96
 TRAINED, CONTROL = "bold green", "dim cyan"
 
 
-def found(args: argparse.Namespace, settings: Settings) -> Iterator[tuple[str, Path]]:
-    """(phase/source, folder) of every cache, or of the named ones."""
+def found(args: argparse.Namespace, settings: Settings) -> tuple[list[tuple[str, Path]], list[str]]:
+    """(phase/source, folder) of every cache, or of the named ones, whole or not; and a line for each name without any.
+
+    FileNotFoundError if there are no caches at all.
+    """
     roots = chosen_roots(args, settings)
-    wanted = {canonical_name(name) for name in args.sources}
-    n = 0
-    for phase in PHASES:
-        for meta in sorted(roots.of(phase).glob("*/meta.json")):
-            if not meta.parent.name.startswith(".") and (not wanted or meta.parent.name in wanted):
-                n += 1
-                yield f"{phase}/{meta.parent.name}", meta.parent
-    if not n:
-        raise FileNotFoundError(f"no caches in {roots.pretrain} or {roots.sft}; build some with the command build")
+    there = [
+        (f"{phase}/{name}", folder)
+        for phase in PHASES
+        for name in _names(roots.of(phase))
+        if (folder := roots.of(phase) / name) not in (roots.pretrain, roots.sft)  # one may lie in the other
+    ]
+    where = f"in {roots.pretrain} or {roots.sft}"
+    if not there:
+        raise FileNotFoundError(f"no caches {where}; build some with the command build")
+    known = list(dict.fromkeys(folder.name for _, folder in there))
+    wanted = list(dict.fromkeys(map(canonical_name, args.sources))) or known
+    missing = [
+        f"{name}: no cache of that name {where}; there is {', '.join(known)}" for name in wanted if name not in known
+    ]
+    return [(name, folder) for name, folder in there if folder.name in wanted], missing
+
+
+def _names(root: Path) -> list[str]:
+    """The caches in `root`: its folders but those of builds; and what a killed build left to be renamed."""
+    folders = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    names = {re.sub(r"^\.(.+)\.new$", r"\1", name) for name in folders}
+    return sorted(name for name in names if not name.startswith(".") and whole_folder(root / name).is_dir())
 
 
 def show(args: argparse.Namespace) -> int:
     """Counts, sizes and samples of every cache; what the loss of a chat is taken on is in colour, or in ⟦ ⟧."""
-    bad, console, settings = 0, OutputConsole(), chosen_settings(args)
+    console, settings = OutputConsole(), chosen_settings(args)
     tokenizers = list(_tokenizers(args, settings))
-    for name, folder in found(args, settings):
+    caches, missing = found(args, settings)
+    bad = sum(map(_complain, missing))
+    for name, folder in caches:
         try:
             _, meta, _ = open_folder(folder.parent, folder.name)
             size = sum(entry["size"] for entry in meta.get("files", {}).values())
             sized = f", {size / 1e6:,.1f} MB" if size else ""
             sha = str(meta.get("tokenizer_sha256"))[:12]
-            console.print(f"✓ {name}: {summary(meta)}{sized}, tokenizer {sha}", markup=False)
+            lines: list[str | Text] = [f"✓ {name}: {summary(meta)}{sized}, tokenizer {sha}"]
             tokenizer = next((t for t in tokenizers if t.sha256 == meta.get("tokenizer_sha256")), None)
             if tokenizer is None:
-                console.print(f"  no samples: tokenizer {sha} is not here; name it with --config", markup=False)
-            for sample in samples(name, folder, tokenizer, colour=console.is_terminal) if tokenizer else ():
-                console.print(sample)
-        except (ValueError, FileNotFoundError) as error:
-            bad += 1
-            print(f"✗ {name}: {error}", file=sys.stderr)
+                lines.append(f"  no samples: tokenizer {sha} is not here; name it with --config")
+            else:
+                lines += samples(name, folder, tokenizer, colour=console.is_terminal)
+        except (ValueError, OSError) as error:
+            bad += _complain(f"{name}: {files.explained(error)}")
+            continue
+        for line in lines:  # not within the try: what goes wrong here is no fault of the cache
+            console.print(line, markup=False)
     return 1 if bad else 0
+
+
+def _complain(line: str) -> int:
+    """Say what is wrong; returns 1, to be counted."""
+    print(f"✗ {line}", file=sys.stderr)
+    return 1
 
 
 def _tokenizers(args: argparse.Namespace, settings: Settings) -> Iterator[Tokenizer]:
@@ -122,13 +151,13 @@ def _one_line(text: str) -> str:
 
 def verify(args: argparse.Namespace) -> int:
     """Hash every file of the caches again."""
-    bad = 0
-    for name, folder in found(args, chosen_settings(args)):
+    caches, missing = found(args, chosen_settings(args))
+    bad = sum(map(_complain, missing))
+    for name, folder in caches:
         try:
             _, meta, _ = open_folder(folder.parent, folder.name, verify=True)
-        except (ValueError, FileNotFoundError) as error:
-            bad += 1
-            print(f"✗ {name}: {error}", file=sys.stderr)
+        except (ValueError, OSError) as error:
+            bad += _complain(f"{name}: {files.explained(error)}")
             continue
         listed = meta.get("files")
         print(f"✓ {name}: {len(listed)} files are as written" if listed else f"- {name}: it records no hashes to check")

@@ -1,7 +1,7 @@
 """Every knob of niels-gpt: its only default, its bounds, one line of help; and how overrides become a run's settings.
 
 `tree` and `data` hold the knobs, `resolve` turns overrides into settings, `errors` words what is wrong with them (one
-ValueError, one line per problem), `legacy` translates old config layouts, `doc` writes docs/settings.md.
+ValueError, one line per problem), `legacy` translates old config layouts, `doc` puts every setting in words.
 """
 
 from niels_gpt.settings.data import (

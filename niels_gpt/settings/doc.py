@@ -1,5 +1,7 @@
-"""docs/settings.md, written from the fields of `settings`: a table per section.
+"""Every setting in words, from the fields of `settings`: `niels-gpt settings` prints it, docs/settings.md holds it.
 
+niels-gpt settings                           # print the page
+niels-gpt settings training.sft base_lr      # print a section and every setting of a name
 python -m niels_gpt.settings.doc             # write docs/settings.md
 python -m niels_gpt.settings.doc --check     # exit 1 if it is stale
 python -m niels_gpt.settings.doc --print
@@ -12,7 +14,8 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -23,6 +26,7 @@ from pydantic.fields import FieldInfo
 from niels_gpt import files, paths
 from niels_gpt.command import exit_status
 from niels_gpt.settings import Settings
+from niels_gpt.settings.errors import key_problems
 
 DOC = Path("docs/settings.md")
 BOUNDS = ((annotated_types.Ge, "ge", "≥"), (annotated_types.Gt, "gt", ">"))
@@ -41,15 +45,33 @@ error that names the nearest known one. See the result with
 """
 
 
-def document() -> str:
-    """The whole page."""
-    parts = [HEAD]
+def document(names: Sequence[str] = ()) -> str:
+    """The whole page, or of its tables what has one of `names` in its dotted name: `training.sft`, `model.T`, `seed`.
+
+    Raises:
+        ValueError: nothing has that name; the nearest one is named.
+    """
+    parts, missing = [] if names else [HEAD], set(names)
     for path, help_text, rows in sections(Settings):
-        parts.append(f"## {path}\n\n{sentence(help_text)}\n")
-        table = ["| name | type | default | bounds | help |", "|---|---|---|---|---|"]
-        table += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        parts.append("\n".join(table) + "\n")
+        if names:
+            found = [[name for name in names if f".{name}." in f".{path}.{row[0].strip('`')}."] for row in rows]
+            missing -= {name for those in found for name in those}
+            rows = [row for row, those in zip(rows, found, strict=True) if those]
+        if rows:
+            parts.append(f"## {path}\n\n{sentence(help_text)}\n")
+            table = ["| name | type | default | bounds | help |", "|---|---|---|---|---|"]
+            table += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+            parts.append("\n".join(table) + "\n")
+    if missing:
+        raise ValueError("; ".join(map(_unknown, sorted(missing))))
     return "\n".join(parts)
+
+
+def _unknown(name: str) -> str:
+    """`name` is no setting, in the words that a config with it would get."""
+    empty: dict[str, Any] = {}
+    found = key_problems(Settings, reduce(lambda below, key: {key: below}, reversed(name.split(".")), empty))
+    return found[0] if found else f"{name}: unknown key"
 
 
 def sentence(text: str) -> str:
@@ -114,24 +136,52 @@ def bounds_text(field: FieldInfo) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write, print or check the page."""
-    parser = argparse.ArgumentParser(description="Write docs/settings.md from the fields of niels_gpt/settings.")
+    """`niels-gpt settings`: print the page or parts of it; a file is written only where one is named."""
+    parser = argparse.ArgumentParser(
+        prog="niels-gpt settings", description="Every setting with its default, bounds and meaning, as Markdown."
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="sections or settings: training.sft, model.T, base_lr (default: all)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write it to this file instead of printing it")
+    args = parser.parse_args(argv)
+    try:
+        page = document(args.names)
+    except ValueError as error:
+        parser.error(str(error))
+    return exit_status(lambda: _put(page, args.out), reader_gone=0)
+
+
+def _put(page: str, out: Path | None) -> None:
+    if out is None:
+        print(page, end="")
+    else:
+        files.write_text(out, page)
+
+
+def update(argv: list[str] | None = None) -> int:
+    """`python -m niels_gpt.settings.doc`: write, print or check docs/settings.md."""
+    parser = argparse.ArgumentParser(
+        prog="python -m niels_gpt.settings.doc", description=f"Write {DOC} from the fields of niels_gpt/settings."
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--check", action="store_true", help="exit 1 if the file is stale, write nothing")
     how.add_argument("--print", action="store_true", help="print the page, write nothing")
-    parser.add_argument("--out", type=Path, help="where to (default: docs/settings.md; outside a checkout, the screen)")
+    parser.add_argument("--out", type=Path, help=f"where to (default: {DOC}; outside a checkout, the screen)")
     args = parser.parse_args(argv)
-    page, out = document(), args.out or paths.PROJECT_ROOT / DOC
-    if args.print or (args.out is None and not out.parent.is_dir()):
-        return exit_status(lambda: print(page, end=""), reader_gone=0)
+    out = args.out or paths.PROJECT_ROOT / DOC
     if args.check:
-        if out.is_file() and out.read_text(encoding="utf-8") == page:
-            return 0
-        print(f"error: {out} is stale; run python -m niels_gpt.settings.doc", file=sys.stderr)
-        return 1
-    files.write_text(out, page)
-    return 0
+        return exit_status(lambda: _check(out))
+    printed = args.print or (args.out is None and not out.parent.is_dir())
+    return exit_status(lambda: _put(document(), None if printed else out), reader_gone=0)
+
+
+def _check(out: Path) -> int:
+    if out.is_file() and out.read_text(encoding="utf-8") == document():
+        return 0
+    print(f"error: {out} is stale; run python -m niels_gpt.settings.doc", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(update())

@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train_tokenizer", description="Train a lossless SentencePiece tokenizer.")
+    script = Path(sys.argv[0])  # scripts/train_tokenizer.py is the published way to start it
+    program = script.name if script.stem == "train_tokenizer" else "niels-gpt tokenizer"
+    parser = argparse.ArgumentParser(prog=program, description="Train a lossless SentencePiece tokenizer.")
     text = parser.add_argument_group("text to train on")
     text.add_argument("--input_glob", "--input-glob", action="append", default=[], metavar="GLOB", help="text files")
     text.add_argument("--source", action="append", default=[], metavar="NAME", help="a source, such as chitchat")

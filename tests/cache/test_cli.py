@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +171,18 @@ def test_build_sft_primer_writes_to_a_folder_called_primer(here: Path, capsys: p
     assert "dropped 1 malformed" in capsys.readouterr().out
 
 
+def test_every_command_builds_in_the_folders_of_its_config(here: Path) -> None:
+    """What lies in those of the settings may belong to another one."""
+    config = json.loads((here / "c.json").read_text())
+    config["data"]["caches"] = {"pretrain_token_cache": "mine/text", "sft_token_cache": "mine/primer"}
+    (here / "c.json").write_text(json.dumps(config))
+    for command, phases in (("build-sft-primer", 1), ("build primer", 2), ("build-all", 2)):
+        assert run(*command.split()) == 0
+        assert (here / "mine/primer/primer/meta.json").is_file() and not (here / "data/cache").exists()
+        assert (here / "mine/text/primer/meta.json").is_file() == (phases == 2)
+        shutil.rmtree(here / "mine")
+
+
 def test_show_and_verify(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("show") == 1
     assert "no caches in data/cache/pretrain or data/cache/sft" in capsys.readouterr().err
@@ -188,6 +202,57 @@ def test_show_and_verify(here: Path, capsys: pytest.CaptureFixture[str]) -> None
         captured = capsys.readouterr()
         assert "✗ sft/primer: " in captured.err and "train_labels.bin is damaged" in captured.err
         assert "✓ pretrain/primer" in captured.out
+
+
+def test_no_cache_is_passed_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a name without one, nor a folder whose meta.json is gone; what is being built is not there yet."""
+    assert run("build", "primer") == 0
+    (here / "data/cache/sft/.text.new").mkdir()
+    for command in ("show", "verify"):
+        capsys.readouterr()
+        assert run(command, "primer", "dolly", "text") == 1
+        out, err = capsys.readouterr()
+        assert "✓ pretrain/primer" in out and "✓ sft/primer" in out
+        where = "no cache of that name in data/cache/pretrain or data/cache/sft; there is primer"
+        assert err == f"✗ dolly15k: {where}\n✗ text: {where}\n"
+    meta = here / "data/cache/sft/primer/meta.json"
+    was = meta.read_text()
+    meta.unlink()
+    for command in ("show", "verify"):
+        assert run(command) == 1
+        out, err = capsys.readouterr()
+        assert "✓ pretrain/primer" in out and "sft/primer" not in out
+        assert err.startswith("✗ sft/primer: data/cache/sft/primer is damaged or not finished: it has no meta.json; ")
+    meta.write_text(was + " ")
+    guard = meta.with_name("meta.json.sha256").read_text()
+    assert run("verify") == 1
+    err = capsys.readouterr().err
+    assert f"meta.json.sha256 names {guard[:64]}; build it" in err and "  meta.json" not in err
+
+
+def test_the_new_folder_of_a_killed_build_is_a_cache_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Between the two renames of a swap it is what training reads."""
+    assert run("build", "primer", "--phase", "sft") == 0
+    primer = here / "data/cache/sft/primer"
+    primer.with_name(".primer.old").mkdir()
+    primer.rename(primer.with_name(".primer.new"))
+    assert run("verify", "primer") == 0
+    assert "✓ sft/primer: 6 files are as written" in capsys.readouterr().out
+
+
+def test_a_character_that_cannot_be_printed_is_no_damage(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("build", "primer", "--phase", "sft") == 0
+    capsys.readouterr()
+    for encoding, errors in (("ascii", "surrogateescape"), ("latin-1", "strict")):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, errors=errors))
+        assert run("show") == 0
+        assert b"\\u2713 sft/primer: " in written.getvalue() and b"\\u27e6" in written.getvalue()
+    monkeypatch.setattr("rich.console.Console.print", lambda *_, **__: "\u2713".encode("ascii"))
+    assert run("show") == 1
+    assert capsys.readouterr().err.startswith("error: 'ascii' codec can't encode")
 
 
 def test_the_quickstart_and_the_program_make_the_same_primer_caches(
@@ -243,6 +308,12 @@ def test_wrong_usage_and_wrong_files_end_without_a_traceback(
         with pytest.raises(SystemExit) as caught:
             cli.main(argv)
         assert caught.value.code == 2
+    for flag, number in (("--workers", "0"), ("--workers", "-1"), ("--workers", "two"), ("--tasks", "0")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            run("build", "primer", flag, number)
+        assert caught.value.code == 2
+        assert f"argument {flag}: {number!r} must be a whole number, at least 1" in capsys.readouterr().err
     assert run("build", "primer", "--tokenizer", "none.model") == 1
     assert "error: there is no tokenizer model none.model" in capsys.readouterr().err
     (here / "c.json").write_text('{"data": 3}')

@@ -185,6 +185,20 @@ def test_both_ways_to_start_it() -> None:
     assert importlib.import_module("scripts.train_tokenizer").main is main  # what `python -m` runs
 
 
+def test_usage_names_the_program_that_was_started(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for started, name in (
+        ("bin/niels-gpt", "niels-gpt tokenizer"),
+        ("scripts/train_tokenizer.py", "train_tokenizer.py"),
+    ):
+        monkeypatch.setattr(sys, "argv", [started])
+        with pytest.raises(SystemExit):
+            main(["--seed", "x"])
+        err = capsys.readouterr().err
+        assert err.startswith(f"usage: {name} [-h]") and f"\n{name}: error: " in err
+
+
 def test_both_spellings_of_flags() -> None:
     assert main(["--input-glob", "texts/*.txt", "--out-dir", "out", "--vocab-size", "290", "--model-type", "bpe"]) == 0
 
