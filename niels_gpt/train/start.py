@@ -126,7 +126,9 @@ def _run_id_and_flags(
     try:
         ckpt.check_same_model(loaded, wanted.model_cfg, wanted.arch)
     except ValueError as error:
-        raise ValueError(f"cannot go on from {resume}: {error}; use its settings, or {otherwise}") from None
+        record = ckpt.sidecar_path(resume)
+        its = f"its settings (--config {record})" if record.is_file() else "its settings"
+        raise ValueError(f"cannot go on from {resume}: {error}; use {its}, or {otherwise}") from None
     found = said_by(loaded)
     if not is_of_phase(found.resume, phase):
         return new_run_id(), limit.flags(phase)

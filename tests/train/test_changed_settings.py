@@ -153,12 +153,16 @@ def test_another_model_is_refused_before_anything_is_said_or_recorded(world: dic
     problem = "the checkpoint's model differs from the settings in model.C (checkpoint 32, settings 64)"
     Path("wider.json").write_text(json.dumps(wider))
     assert main(["--phase", "pretrain", "--config", "wider.json", "--device", "cpu"]) == 1
+    assert record.read_bytes() == before  # the run's settings
     said = capsys.readouterr()
     assert said.out == "using device: cpu\n" and said.err == (
         f"error: cannot go on from checkpoints/pretrain/latest.pt: {problem};"
-        " use its settings, or start afresh with --no-resume\n"
+        " use its settings (--config checkpoints/pretrain/latest.pt.resolved_settings.json),"
+        " or start afresh with --no-resume\n"
     )
-    assert record.read_bytes() == before  # the settings that are to be used
+    settings = ["--config", "checkpoints/pretrain/latest.pt.resolved_settings.json"]
+    assert main(["--phase", "pretrain", *settings, "--device", "cpu"]) == 0
+    assert "resumed from checkpoints/pretrain/latest.pt" in capsys.readouterr().out
     with pytest.raises(ValueError, match=rf"{re.escape(problem)}; use the settings that it was trained with$"):
         run_sft(wider, device="cpu", init_model_path=best)
     assert "sft init from" not in capsys.readouterr().out

@@ -237,6 +237,7 @@ def test_auto_resume_looks_at_its_own_phase_only(world: dict[str, Any], capsys: 
     assert "resumed from elsewhere/latest.pt" in capsys.readouterr().out
     for name, value, before in (("qk_norm", False, True), ("C", 16, 32)):
         changed = {**world, "model": {**world["model"], name: value}}
+        Path("elsewhere/latest.pt.resolved_settings.json").unlink(missing_ok=True)
         expected = f"model.{name} (checkpoint {before}, settings {value}); use its settings, or leave --resume out"
         with pytest.raises(ValueError, match=rf"{re.escape(expected)}$"):
             run_pretrain(changed, device="cpu", resume_path="elsewhere/latest.pt")
