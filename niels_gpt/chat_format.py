@@ -60,7 +60,7 @@ class TokenChat:
     """Sentinel turns; the reply ends with the end id."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        sentinels = _sentinel_ids(tokenizer)
+        sentinels = sentinel_ids(tokenizer)
         self._tokenizer = tokenizer
         self.stop_ids = frozenset({sentinels["eot"]})
         self.banned_ids = tuple(sentinels[name] for name in _SENTINEL_OF.values())
@@ -152,7 +152,7 @@ def format_prompt_ids(tokenizer: Tokenizer, messages: Sequence[AnyMessage]) -> l
 
 def extract_reply_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
     """Ids after the last assistant sentinel, up to the first end id; [] if there is no such sentinel."""
-    sentinels = _sentinel_ids(tokenizer)
+    sentinels = sentinel_ids(tokenizer)
     ids = list(ids)
     if sentinels["asst"] not in ids:
         return []
@@ -167,17 +167,18 @@ def _render_each(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tupl
 
 def _rendered(tokenizer: Tokenizer, message: Message, content: Sequence[int]) -> tuple[list[int], list[int]]:
     """(ids, labels) of a message whose content has these ids."""
-    sentinels = _sentinel_ids(tokenizer)
+    sentinels = sentinel_ids(tokenizer)
     start, written = sentinels[_SENTINEL_OF[message.role]], [*content, sentinels["eot"]]
     supervised = written if message.role == "assistant" else [IGNORED] * len(written)
     return [start, *written], [IGNORED, *supervised]
 
 
 def _reply_start(tokenizer: Tokenizer) -> list[int]:
-    return [_sentinel_ids(tokenizer)[_SENTINEL_OF["assistant"]]]
+    return [sentinel_ids(tokenizer)[_SENTINEL_OF["assistant"]]]
 
 
-def _sentinel_ids(tokenizer: Tokenizer) -> dict[str, int]:
+def sentinel_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of the four sentinels by name; ValueError for a byte tokenizer, which has none."""
     ids = tokenizer.special_token_ids()
     if not ids:
         raise ValueError(f"a {tokenizer.kind} tokenizer has no sentinels; its models chat in text form")

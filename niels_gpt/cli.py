@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from importlib import import_module
+from signal import SIGINT, default_int_handler
+from types import ModuleType
 
 from niels_gpt.command import exit_status
 
@@ -28,13 +32,33 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
+    # Each program ends by an `exit_status` of its own; this one is for what comes before that, or is a --help.
+    return exit_status(lambda: _run(arguments), stopped="interrupted", expected=(), reader_gone=0)
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        return exit_status(_help, reader_gone=0)
+        _help()
+        return 0
     if arguments[0] not in COMMANDS:
         print(f"niels-gpt: unknown command {arguments[0]!r}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    status: int = import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+    status: int = _loaded(COMMANDS[arguments[0]][0]).main(arguments[1:])
     return status
+
+
+def _loaded(name: str) -> ModuleType:
+    """The module of a program. Its libraries take seconds to load: meanwhile Ctrl-C simply ends the process.
+
+    As an exception it would come out of the middle of one of them, or be swallowed there.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(SIGINT) is not default_int_handler:
+        return import_module(name)
+    signal.signal(SIGINT, signal.SIG_DFL)
+    try:
+        return import_module(name)
+    finally:
+        signal.signal(SIGINT, default_int_handler)
 
 
 def _help() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -15,6 +16,18 @@ class Interrupted(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def open_streams() -> None:
+    """Give a program that was started without stdin, stdout or stderr (`<&-`, `>&-`) an empty one instead.
+
+    Python has None for them, and the next file that is opened would get their number, and what is meant for them.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - for as long as the program runs
+            os.set_inheritable(stream.fileno(), stream.fileno() <= 2)
+            setattr(sys, name, stream)
 
 
 def exit_status(
@@ -30,14 +43,14 @@ def exit_status(
     An exception in `expected` becomes `error: ...` on stderr and 1. Ctrl-C becomes 130, with the sentence `stopped`;
     Interrupted its own code, with its own sentence; a reader of stdout that has gone becomes `reader_gone`, silently.
     go_on: how to take up the work again, which is added to these three.
+    reader_gone: 0 for what only shows something: its reader has what he wanted. 1 for work and for verdicts.
     Wrong usage is argparse's, and 2. Other exceptions are bugs: they pass.
     What the encoding of stdout lacks is written as escapes such as \\u2713, as Python does on stderr.
     """
+    open_streams()
     try:
         _escape_unprintable()
-        status = work() or 0
-        sys.stdout.flush()  # here, where a reader that has gone is dealt with
-        return status
+        return _flushed(work)
     except BrokenPipeError:
         files.discard_output()
         _say(None if go_on is None else "the output was closed", go_on)
@@ -59,6 +72,20 @@ def _escape_unprintable() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def _flushed(work: Callable[[], int | None]) -> int:
+    """Run the work and write out what stdout still holds: here, where a reader that has gone is dealt with."""
+    try:
+        status = work() or 0
+    except SystemExit:  # of argparse, after --help
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return status
+
+
 def _say(*parts: str | None) -> None:
     if line := "; ".join(part for part in parts if part is not None):
-        print(line, file=sys.stderr, flush=True)
+        try:
+            print(line, file=sys.stderr, flush=True)
+        except OSError:  # it went where stdout went
+            files.discard_output(sys.stderr)

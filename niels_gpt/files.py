@@ -172,7 +172,18 @@ def explained(error: Exception) -> str:
     return f"the disk is full: {text}" if is_disk_full(error) and "disk is full" not in text else text
 
 
-def discard_output() -> None:
-    """After a BrokenPipeError: whoever read stdout has gone, and Python would complain of the unwritten rest."""
+def is_closed_output(error: OSError) -> bool:
+    """Whether writing failed because nobody reads any more: the other end of the pipe, or the terminal, has gone."""
+    return error.errno in (errno.EPIPE, errno.EIO)
+
+
+def discard_output(stream: IO[str] | None = None) -> None:
+    """After a BrokenPipeError: let what is still written to stdout (or `stream`) go nowhere.
+
+    Whoever read it has gone, and Python would complain of the unwritten rest.
+    """
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        target = (stream or sys.stdout).fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, target)
+        os.close(nowhere)

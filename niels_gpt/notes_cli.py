@@ -30,6 +30,7 @@ from rich.progress import Progress as Bar
 
 from niels_gpt.cache.pretrain import build_pretrain
 from niels_gpt.command import exit_status
+from niels_gpt.console import OutputConsole
 from niels_gpt.data import roam, text
 from niels_gpt.data.notes.report import BYTES_PER_TOKEN, make_report, remarks
 from niels_gpt.data.notes.source import open_notes
@@ -76,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
     train, val = _SPLITS[args.source](vault, settings)
     report = make_report(vault, train, val, _bytes_per_token(vault, tokenizer))
     if not args.json:
-        show_report(Console(soft_wrap=True, highlight=False), report, args.source)
+        show_report(OutputConsole(), report, args.source)
         _show_samples(vault, train)
     if not args.dry_run:
         report["cache"] = _build(args, settings, tokenizer)

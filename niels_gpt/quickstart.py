@@ -21,12 +21,13 @@ from niels_gpt import checkpoint as ckpt
 from niels_gpt import paths
 from niels_gpt.chat import build_options, run_chat, system_prompt
 from niels_gpt.command import exit_status
-from niels_gpt.console import wide_console
+from niels_gpt.console import OutputConsole, wide_console
 from niels_gpt.device import get_device
 from niels_gpt.plan.recipe import seeded, tuned, with_minutes
 from niels_gpt.settings import PHASES, Settings, validate_overrides
 from niels_gpt.summary import Summary, measure, show
 from niels_gpt.train.lineage import pretrained_model
+from niels_gpt.train.lock import only_training_here
 from niels_gpt.train.prepare import compile_kernels, make_caches, make_tokenizer, set_other_runs_aside, stage
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.sft import run_sft
@@ -71,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     os.chdir(out)
-    console = Console(highlight=False, soft_wrap=True)
+    console = OutputConsole()
     plan = make_plan(args.minutes, args.seed)
     console.print(f"niels-gpt quickstart: {args.minutes:g} minutes of training in {Path.cwd()}", markup=False)
     tokenizer = stage(console, "1/5 tokenizer", lambda say: make_tokenizer(plan.settings, plan.seed, say))
@@ -93,6 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+@only_training_here()
 def train_both(plan: Plan, console: Console) -> dict[str, dict[str, Any]]:
     """Pretrain, then fine-tune from the best; a finished or interrupted run with the same settings is taken up."""
     set_other_runs_aside(plan.settings, console)

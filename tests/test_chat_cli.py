@@ -213,3 +213,18 @@ class TestProcess:
             err = process.stderr.read().decode()
         assert process.returncode == 0
         assert err.startswith(HEADER) and err.endswith("\n}\n")
+
+
+@pytest.mark.parametrize(("stream", "flags"), [("stdin", ["--system", ""]), ("stdout", ["--prompt", "hi"])])
+def test_a_stdin_or_stdout_that_is_closed_is_an_empty_one(
+    chat_checkpoint: Path,
+    stream: str,
+    flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, stream, None)  # as Python has it after `<&-` or `>&-`
+    assert chat_cli.main(["--ckpt", str(chat_checkpoint), "--max-new-tokens", "4", *flags]) == 0
+    getattr(sys, stream).close()
+    out, err = capsys.readouterr()
+    assert (out if stream == "stdin" else err).startswith(HEADER)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import io
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from niels_gpt.command import Interrupted, exit_status
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def raising(error: BaseException) -> Callable[[], int | None]:
@@ -81,6 +85,8 @@ def test_a_bug_passes() -> None:
     [
         ("from niels_gpt.command import exit_status; exit(exit_status(lambda: print('x' * 100_000)))", 1),
         ("from niels_gpt.cli import main; exit(main(['--help']))", 0),
+        ("from niels_gpt.cli import main; exit(main(['settings', '--help']))", 0),
+        ("from niels_gpt.cli import main; exit(main(['settings']))", 0),
     ],
 )
 def test_a_reader_that_has_gone_is_no_traceback(script: str, status: int) -> None:
@@ -97,8 +103,58 @@ def test_a_reader_that_has_gone_is_no_traceback(script: str, status: int) -> Non
         assert process.wait(timeout=60) == status and process.stderr.read() == b""
 
 
+@pytest.mark.parametrize(
+    ("program", "library", "said"),
+    [("niels_gpt.cli", "try: {}\nexcept: pass", ""), ("train.run", "{}", "interrupted\n")],
+    ids=["niels-gpt", "train.run"],
+)
+def test_ctrl_c_while_libraries_load_is_no_traceback(tmp_path: Path, program: str, library: str, said: str) -> None:
+    (tmp_path / "torch.py").write_text("import signal\n" + library.format("signal.raise_signal(signal.SIGINT)"))
+    done = subprocess.run(
+        [sys.executable, "-m", program, "train", "--help"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", said)
+
+
+def test_the_table_of_programs_loads_without_pytorch() -> None:
+    script = "import sys, niels_gpt.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "status"),
+    [
+        (">&-", "", 0),
+        ("<&- >&- 2>&-", "settings", 0),
+    ],
+)
+def test_a_stream_that_was_closed_from_the_start_is_an_empty_one(
+    tmp_path: Path, closed: str, arguments: str, status: int
+) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m niels_gpt.cli {arguments} {closed}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (status, "") and "Traceback" not in done.stderr
+
+
+def test_what_is_opened_next_does_not_get_the_number_of_a_closed_stream() -> None:
+    script = "from niels_gpt.command import open_streams; open_streams(); exit(open('/dev/null').fileno())"
+    done = subprocess.run(["sh", "-c", f'exec {sys.executable} -c "{script}" <&- >&- 2>&-'], cwd=ROOT, check=False)
+    assert done.returncode == 3
+
+
 def test_the_compiler_is_imported_by_those_who_compile_only() -> None:
     """It takes as long to import as PyTorch itself, and every start of a program would wait for it."""
     script = "import sys, niels_gpt.chat_cli, niels_gpt.train.run; sys.exit('torch._dynamo' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=False)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
     assert done.returncode == 0

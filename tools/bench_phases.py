@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.console import Console
 
 from niels_gpt import paths
 from niels_gpt.command import exit_status
+from niels_gpt.console import OutputConsole
 from niels_gpt.settings import load_overrides
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.runs_cli import find_run, show_run
@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> int:
         out = Path(args.out or scratch)
         paths.CHECKPOINT_DIR, paths.RUNS_DIR = out / "checkpoints", out / "runs"
         run_pretrain(overrides, device=args.device, no_auto_resume=True, quiet=True)
-        return show_run(Console(highlight=False, soft_wrap=True), find_run(None), args.limit)
+        return show_run(OutputConsole(), find_run(None), args.limit)
 
 
 if __name__ == "__main__":

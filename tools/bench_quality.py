@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from niels_gpt import paths
+from niels_gpt.console import OutputConsole
 from niels_gpt.files import explained, write_text
 from tools.bench_common import machine
 from tools.quality_report import Results, plot, read_results, table, verdict, write_results
@@ -265,7 +266,7 @@ def stop(signum: int, frame: object) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    console = Console(highlight=False, soft_wrap=True)
+    console = OutputConsole()
     signal.signal(signal.SIGTERM, stop)
     try:
         measure(args, console)

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from niels_gpt import files, paths
+from niels_gpt.console import OutputConsole
 from niels_gpt.plan.running import KEPT, comparison
 
 WITHIN = {"seconds": 0.10, "peak_bytes": 0.15, "disk_bytes": 0.05}
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{folder} holds a comparison of {hours:g} hours")
     elif any(folder.iterdir()):
         parser.error(f"{folder} is not empty")
-    console = Console(highlight=False, soft_wrap=True, width=120)
+    console = OutputConsole(width=120)
     check = check_all if args.all_candidates else check_one
     try:
         return 0 if check(args, folder.resolve(), console) else 1

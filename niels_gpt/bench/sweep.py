@@ -27,7 +27,7 @@ from niels_gpt.bench.results import Results
 from niels_gpt.bench.search import largest_microbatch
 from niels_gpt.bench.trial import Result, run_trial
 from niels_gpt.command import exit_status
-from niels_gpt.console import wide_console
+from niels_gpt.console import OutputConsole, wide_console
 from niels_gpt.device import choose_precision, resolve_device
 from niels_gpt.machine import Machine, probe
 from niels_gpt.settings import Settings, load_overrides, validate_overrides
@@ -106,7 +106,7 @@ class Sweep:
         precision = choose_precision(device, phase.amp, phase.amp_dtype)
         self.candidates = candidates or grids.preset(settings, precision, self.machine.memory_of(device))
         self.timeout_s = settings.benchmark.timeout_s + (COMPILE_SECONDS if phase.compile else 0.0)
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = OutputConsole()
 
     def run(self, fresh: bool = False) -> int:
         """Measure what is not known yet; the exit code."""

@@ -40,6 +40,8 @@ from niels_gpt.tokenizer import SentencePieceTokenizer, Tokenizer, open_tokenize
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    if args.run is show:
+        return exit_status(lambda: show(args), reader_gone=0)
     return exit_status(lambda: int(args.run(args)), stopped="stopped; run the same command again to go on from here")
 
 

@@ -176,13 +176,16 @@ def check_tokenizer(
 
 
 def build_advice(target: Path) -> str:
-    """What to do about a missing or bad cache at ROOT/SOURCE: the command that builds it."""
+    """What to do about a missing or bad cache at ROOT/SOURCE: the command that builds it.
+
+    Which config a run has is not known here; tokenizer and folders are those of the config.
+    """
     command = f"python -m niels_gpt.cache.cli build {target.name}"
     if target.parent.name in PHASES:
         command += f" --phase {target.parent.name}"
         if target.parent.parent != DEFAULT_CACHE_DIR:
             command += f" --cache-dir {target.parent.parent}"
-    return f"build it with: {command}"
+    return f"build it with: {command} --config FILE, the config you train with"
 
 
 def _check_files(folder: Path, expected: FileList, advice: str, *, verify: bool = False) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.text import Text
 
 from niels_gpt import files
@@ -19,6 +18,7 @@ from niels_gpt.cache.flags import chosen_roots, chosen_settings
 from niels_gpt.cache.folder import whole_folder
 from niels_gpt.cache.format import open_pretrain, open_sft
 from niels_gpt.cache.integrity import open_folder
+from niels_gpt.console import OutputConsole
 from niels_gpt.data.registry import canonical_name
 from niels_gpt.data.types import SPLITS
 from niels_gpt.model.loss import IGNORED
@@ -62,7 +62,7 @@ def _names(root: Path) -> list[str]:
 
 def show(args: argparse.Namespace) -> int:
     """Counts, sizes and samples of every cache; what the loss of a chat is taken on is in colour, or in ⟦ ⟧."""
-    console, settings = Console(highlight=False, soft_wrap=True), chosen_settings(args)
+    console, settings = OutputConsole(), chosen_settings(args)
     tokenizers = list(_tokenizers(args, settings))
     caches, missing = found(args, settings)
     bad = sum(map(_complain, missing))

@@ -13,10 +13,10 @@ import sys
 import time
 from collections.abc import Generator
 
-from rich.console import Console
 from rich.text import Text
 
 from niels_gpt.chat.conversation import Conversation, Span, surprise
+from niels_gpt.console import OutputConsole
 from niels_gpt.tokenizer import Tokenizer
 
 # On a terminal, control characters out of an untrained model would move the cursor or worse; some turn text around.
@@ -38,7 +38,7 @@ class View:
     def __init__(self, *, inspect: bool = False) -> None:
         self.inspect = inspect
         self.on_terminal = sys.stdout.isatty()
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self._console = OutputConsole(markup=False, emoji=False)
         self._coloured = self._console.color_system is not None and not self._console.no_color
         self._legend_shown = False
 

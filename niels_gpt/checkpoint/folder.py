@@ -114,11 +114,11 @@ def _is_milestone(path: Path, keep_every: int | None) -> bool:
     return keep_every is not None and number.isdecimal() and int(number) % keep_every == 0
 
 
-def newest_good(phase: str) -> Path | None:
+def newest_good(phase: str, *, instead: str = "start afresh with --no-resume") -> Path | None:
     """The checkpoint to go on from: latest.pt if it is sound, else the newest sound step file, else best.pt.
 
     None if the phase has neither latest.pt nor step files. Damage is reported on stderr. ValueError if nothing is
-    sound, so that a long run is never silently started afresh.
+    sound, so that a long run is never silently started afresh; `instead` is what it advises besides restoring one.
     """
     found = phase_paths(phase)
     candidates = [path for path in (found.latest, *_step_files(found)) if path.exists()]
@@ -134,5 +134,5 @@ def newest_good(phase: str) -> Path | None:
         damaged.append(path)
     raise ValueError(
         f"every checkpoint in {found.step_dir} is damaged ({', '.join(p.name for p in damaged)});"
-        " restore one, or start afresh with --no-resume"
+        f" restore one, or {instead}"
     )

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from niels_gpt import paths
 from niels_gpt.command import exit_status
+from niels_gpt.console import OutputConsole
 from niels_gpt.device import resolve_device
 from niels_gpt.doctor.checks import Check, all_checks, device_of
 from niels_gpt.doctor.look import look_around
@@ -65,7 +66,7 @@ def examine(args: argparse.Namespace, settings: Settings, device: str | None) ->
         record |= {"checks": [asdict(check) for check in checks], "self_test": asdict(outcome) if outcome else None}
         print(json.dumps(record, indent=2))
     else:
-        show(Console(highlight=False), checks, works)
+        show(OutputConsole(soft_wrap=False), checks, works)
     return 0 if works else 1
 
 
@@ -88,6 +89,8 @@ def check_of(outcome: Outcome | None) -> Check:
 def show(console: Console, checks: list[Check], works: bool) -> None:
     """One screen: every check with its reason and what there is instead, then what to run, then the verdict."""
     table = Table.grid(padding=(0, 1))
+    for _ in range(3):
+        table.add_column(overflow="fold")  # in a narrow terminal a long name goes on below, and is not cut
     for check in checks:
         mark, colour = MARKS[check.status]
         line = Text.assemble((check.value, "bold"), f": {check.reason}")

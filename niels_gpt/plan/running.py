@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt import files, paths
 from niels_gpt.cache.pretrain import open_mix
-from niels_gpt.console import wide_console
+from niels_gpt.console import OutputConsole, wide_console
 from niels_gpt.device import peak_memory, resolve_device
 from niels_gpt.eval import held_out_bits
 from niels_gpt.plan.candidates import step_tokens
@@ -27,6 +26,7 @@ from niels_gpt.plan.table import clock
 from niels_gpt.settings import PHASES, Settings, validate_overrides
 from niels_gpt.train.distributed import is_torchrun
 from niels_gpt.train.lineage import Saved, newest
+from niels_gpt.train.lock import only_training_here
 from niels_gpt.train.pipeline import run_pipeline
 from niels_gpt.train.prepare import Say, compile_kernels, make_caches, make_tokenizer, set_other_runs_aside, stage
 from niels_gpt.train.start import TimeLimit
@@ -46,24 +46,27 @@ def run_planned(path: Path, *, device: str | None = None, no_resume: bool = Fals
     record = read_plan(path)
     settings, chosen = validate_overrides(record["settings"]), record["chosen"]
     chosen_device = _device_of(record, device, path)
-    console = Console(highlight=False, soft_wrap=True)
+    console = OutputConsole()
     total = chosen["total_seconds"]
     console.print(f"{path}: {chosen['name']}, {clock(total)} in {Path.cwd()}", markup=False)
     tokenizer = stage(console, "1/4 tokenizer", lambda say: make_tokenizer(settings, record["seed"], say))
     stage(console, "2/4 caches", lambda say: make_caches(settings, tokenizer, say))
     compile_kernels(settings, chosen_device, console)
-    set_other_runs_aside(settings, console, any_budget=True)
-    earlier = 0.0 if no_resume else sum(saved.seconds for saved in _newest().values())
-    planned = chosen["seconds"]
-    left = total - (time.time() - began) - planned["evaluation"]
-    training = max(left, LEAST_SHARE * (planned["pretrain"] + planned["sft"]))
-    console.print(f"[3/4 training] {clock(training)}", markup=False)
-    try:
-        run_pipeline(record["settings"], device=chosen_device, no_auto_resume=no_resume, limit=TimeLimit(training / 60))
-    finally:
-        trained = _newest()
-        runs = [saved.folder for saved in trained.values() if saved.folder.is_dir()]
-        _keep(record, runs)
+    with only_training_here():
+        set_other_runs_aside(settings, console, any_budget=True)
+        earlier = 0.0 if no_resume else sum(saved.seconds for saved in _newest().values())
+        planned = chosen["seconds"]
+        left = total - (time.time() - began) - planned["evaluation"]
+        training = max(left, LEAST_SHARE * (planned["pretrain"] + planned["sft"]))
+        console.print(f"[3/4 training] {clock(training)}", markup=False)
+        try:
+            run_pipeline(
+                record["settings"], device=chosen_device, no_auto_resume=no_resume, limit=TimeLimit(training / 60)
+            )
+        finally:
+            trained = _newest()
+            runs = [saved.folder for saved in trained.values() if saved.folder.is_dir()]
+            _keep(record, runs)
     windows = chosen["evaluated_windows"]
     bits = stage(console, "4/4 evaluation", lambda say: _bits(settings, chosen_device, windows, say))
     steps = {phase: saved.step for phase, saved in trained.items()}

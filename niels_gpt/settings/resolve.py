@@ -25,6 +25,7 @@ from niels_gpt.settings.data import TokenizerSettings
 from niels_gpt.settings.errors import key_problems, one_error, reworded
 from niels_gpt.settings.legacy import translate
 from niels_gpt.settings.tree import PhaseSettings, Settings, model_config_of, train_config_of
+from niels_gpt.unicode import valid_unicode
 
 PHASES = ("pretrain", "sft")
 PIECE_IDS = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}  # of every SentencePiece model here; -1 = none
@@ -159,7 +160,7 @@ def resolve_settings(
         banned_token_ids=_banned_token_ids(settings, ids),
         phase=phase,
         overrides=json.loads(json.dumps(given, default=os.fspath)),
-        overrides_source=None if source is None or isinstance(source, Mapping) else os.fspath(source),
+        overrides_source=None if source is None or isinstance(source, Mapping) else valid_unicode(os.fspath(source)),
         run_id=run_id,
         resolved_path=resolved_path,
         tokenizer_sha256=_tokenizer_sha256(tokenizer),

@@ -44,7 +44,8 @@ class Budget:
         self.options, self.deadline = options, deadline
         self.seconds = None if options.minutes is None else options.minutes * 60
         self._over = self.seconds is not None and finished_seconds is not None and self.seconds <= finished_seconds
-        self._started = (time.perf_counter() if began is None else began) - spent_seconds
+        self._spent, self._started = spent_seconds, (time.perf_counter() if began is None else began) - spent_seconds
+        self._stands = False
         self._steps: deque[float] = deque(maxlen=9)
         self._warm = False  # the first step of a session warms up or compiles, and tells nothing of the next
         self._evaluation_in_steps = evaluation_in_steps * FORWARD_SHARE
@@ -55,7 +56,11 @@ class Budget:
     @property
     def elapsed(self) -> float:
         """Seconds this run has used, earlier sessions included."""
-        return time.perf_counter() - self._started
+        return self._spent if self._stands else time.perf_counter() - self._started
+
+    def leave_session_out(self) -> None:
+        """Count nothing of this session: the run was finished before it."""
+        self._stands = True
 
     def agree(self, world: World) -> None:
         """Let all processes of a run go by the main one's clock until they agree again."""

@@ -35,7 +35,11 @@ class Saved:
 
 def read(checkpoint: Path) -> Saved:
     """What a checkpoint says. FileNotFoundError or ValueError if it is none."""
-    loaded = ckpt.load_checkpoint(checkpoint, device="cpu")
+    return said_by(ckpt.load_checkpoint(checkpoint, device="cpu"))
+
+
+def said_by(loaded: ckpt.Checkpoint) -> Saved:
+    """What a checkpoint that is loaded says."""
     return Saved(loaded["step"], loaded["resume"] or {})
 
 
@@ -74,9 +78,10 @@ def spent_seconds(phase: str, resume_path: str | Path | None, no_auto_resume: bo
 def pretrained_model() -> Path:
     """The checkpoint fine-tuning starts from: pretraining's best, or its newest where the best is of an older run.
 
-    RuntimeError if there is none.
+    RuntimeError if there is none, ValueError if all of them are damaged.
     """
-    found, latest = ckpt.phase_paths("pretrain"), ckpt.newest_good("pretrain")
+    found = ckpt.phase_paths("pretrain")
+    latest = ckpt.newest_good("pretrain", instead="pretrain again: --phase pretrain --no-resume")
     if found.best.is_file() and (latest is None or read(found.best).run_id == read(latest).run_id):
         return found.best
     if latest is None:

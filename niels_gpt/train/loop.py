@@ -6,6 +6,7 @@ What a step computes is `step`, what a checkpoint holds `saving`: a run that is 
 
 from __future__ import annotations
 
+import errno
 import math
 import time
 from collections import deque
@@ -28,7 +29,7 @@ from niels_gpt.train.pulse import watching
 from niels_gpt.train.report import Reporter, StepReport
 from niels_gpt.train.sample import Sample
 from niels_gpt.train.saving import Origin, Saver
-from niels_gpt.train.signals import StopRequest, catching_signals
+from niels_gpt.train.signals import OUTPUT_CLOSED, StopRequest, catching_signals
 from niels_gpt.train.start import eval_shape
 from niels_gpt.train.state import RunState, StepResult, TrainResult
 from niels_gpt.train.step import Stepper
@@ -102,14 +103,23 @@ class Loop:
         return self.stepper.step(step)
 
     def run(self) -> TrainResult:
-        """Train to the end of the budget. Raises Interrupted after a signal, ValueError/OSError if it cannot go on."""
+        """Train to the end of the budget. Raises ValueError/OSError if it cannot go on.
+
+        Saves and raises Interrupted after a signal, BrokenPipeError when nobody reads its output any more.
+        """
         self.reporter.start(self)
         with catching_signals() as self._heard, watching(self.world, self.options.silence_s):
             if self.state.step % self.options.eval_every == 0 and self.state.evaluated_step != self.state.step:
                 self._after_step()  # a signal came before the evaluation that was due
+            went_on = False
             while not self._stopping() and not self._is_over():
+                went_on = True
                 self._one_step()
+            if self.saver.is_finished and not went_on:
+                self.budget.leave_session_out()
             self._finish()
+            if self._stopping() and self.stop.signum == OUTPUT_CLOSED:  # with the last words: no other phase follows
+                raise _output_closed()
         return TrainResult(
             self.state,
             self.last_evals,
@@ -119,8 +129,9 @@ class Loop:
         )
 
     def _stopping(self) -> bool:
-        """Whether a signal has reached one of the processes."""
-        self.stop.signum = self.stop.signum or self.world.largest(self._heard.signum)
+        """Whether a signal has reached one of the processes, or the output is closed."""
+        heard = self._heard.signum or (OUTPUT_CLOSED if self.reporter.output_closed else 0)
+        self.stop.signum = self.stop.signum or self.world.largest(heard)
         return bool(self.stop)
 
     def _is_over(self) -> bool:
@@ -266,6 +277,8 @@ class Loop:
     def _leave(self, is_best: bool) -> None:
         if self.saver.saved_step != self.state.step or is_best:
             self._save(is_best)
+        if self.stop.signum == OUTPUT_CLOSED:
+            raise _output_closed()
         raise Interrupted(
             f"stopped by signal {self.stop.signum} after step {self.state.step}; saved to"
             f" {ckpt.phase_paths(self.job.phase).latest}",
@@ -285,6 +298,10 @@ class Loop:
                 raise
             self.reporter.warn(f"step {self.state.step}: not saved: {error}")
             self._roll_back()
+
+
+def _output_closed() -> BrokenPipeError:
+    return BrokenPipeError(errno.EPIPE, "the output was closed")
 
 
 def train(

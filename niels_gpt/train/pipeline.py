@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from niels_gpt import files, paths
+from niels_gpt.config import to_dict
 from niels_gpt.settings import resolve_settings
+from niels_gpt.tokenizer import open_tokenizer
 from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.lineage import newest, pretrained_model, spent_seconds
+from niels_gpt.train.lock import only_training_here
 from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.saving import Origin
-from niels_gpt.train.sft import run_sft
-from niels_gpt.train.start import TimeLimit
+from niels_gpt.train.sft import run_sft, sft_job
+from niels_gpt.train.start import Start, TimeLimit
 
 Config = Path | Mapping[str, Any]
 KEYS = {"pretrain_config_path", "sft_config_path"}
@@ -55,32 +58,55 @@ def run_pipeline(
 
     Fine-tuning that was interrupted goes on if it began with the weights that are pretraining's best now; otherwise it
     starts afresh. `resume_path` and `no_auto_resume` are about pretraining; both make fine-tuning start afresh.
+    What keeps fine-tuning from starting is an error before pretraining, not after hours of it.
     """
     pretrain_config, sft_config = pipeline_configs(config)
-    spent = world.from_main(lambda: spent_seconds("pretrain", resume_path, no_auto_resume))
-    limits = world.from_main(lambda: budget_shares(limit or TimeLimit(), pretrain_config, spent))
-    afresh = no_auto_resume or resume_path is not None
-    done: dict[str, dict[str, Any]] = {}
-    if afresh or not world.from_main(sft_is_under_way):
-        done["pretrain"] = run_pretrain(
-            pretrain_config,
+    world.on_main(lambda: check_configs(pretrain_config, sft_config))
+    with only_training_here(world):
+        spent = world.from_main(lambda: spent_seconds("pretrain", resume_path, no_auto_resume))
+        limits = world.from_main(lambda: budget_shares(limit or TimeLimit(), pretrain_config, spent))
+        afresh = no_auto_resume or resume_path is not None
+        done: dict[str, dict[str, Any]] = {}
+        if afresh or not world.from_main(sft_is_under_way):
+            done["pretrain"] = run_pretrain(
+                pretrain_config,
+                device=device,
+                resume_path=resume_path,
+                no_auto_resume=no_auto_resume,
+                limit=limits["pretrain"],
+                world=world,
+            )
+        source = world.from_main(pretrained_model)
+        under_way = not afresh and world.from_main(sft_is_under_way)
+        done["sft"] = run_sft(
+            sft_config,
             device=device,
-            resume_path=resume_path,
-            no_auto_resume=no_auto_resume,
-            limit=limits["pretrain"],
+            no_auto_resume=not under_way,
+            init_model_path=source,
+            limit=world.from_main(lambda: _what_is_left(limit or TimeLimit(), limits["sft"])),
             world=world,
         )
-    source = world.from_main(pretrained_model)
-    under_way = not afresh and world.from_main(sft_is_under_way)
-    done["sft"] = run_sft(
-        sft_config,
-        device=device,
-        no_auto_resume=not under_way,
-        init_model_path=source,
-        limit=world.from_main(lambda: _what_is_left(limit or TimeLimit(), limits["sft"])),
-        world=world,
-    )
     return done
+
+
+def check_configs(pretrain_config: Config, sft_config: Config) -> None:
+    """Raise what would keep fine-tuning from starting where pretraining ends; nothing is written.
+
+    FileNotFoundError or ValueError: a config, the tokenizer or a cache is missing or bad, or the two configs differ in
+    the model or the tokenizer.
+    """
+    first, second = resolve_settings("pretrain", pretrain_config), resolve_settings("sft", sft_config)
+    one, other = ({**to_dict(found.model_cfg), **to_dict(found.arch)} for found in (first, second))
+    different = [f"model.{key} ({one[key]}, {other[key]})" for key in one if one[key] != other[key]]
+    read, tokenizer = open_tokenizer(first.settings), open_tokenizer(second.settings)
+    if read.sha256 != tokenizer.sha256:
+        different.append(f"the tokenizer ({read.sha256 or 'bytes'}, {tokenizer.sha256 or 'bytes'})")
+    if different:
+        raise ValueError(
+            f"fine-tuning goes on with the model of pretraining, but {pretrain_config} and {sft_config} differ in"
+            f" {', '.join(different)}; give both the same"
+        )
+    sft_job(Start(second, "cpu", tokenizer, resume=None))  # opens all that it needs
 
 
 def budget_shares(limit: TimeLimit, pretrain_config: Config, spent: float = 0.0) -> dict[str, TimeLimit]:

@@ -13,6 +13,7 @@ from niels_gpt.mixes import open_mixes, text_hashes
 from niels_gpt.rng import generator_for
 from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.job import Job
+from niels_gpt.train.lock import only_training_here
 from niels_gpt.train.loop import train
 from niels_gpt.train.report import reporting
 from niels_gpt.train.sample import sampler_for
@@ -35,12 +36,19 @@ def run_pretrain(
 
     config: a settings file, a settings-shaped dict, or None. Returns `TrainResult.record` and last_val_loss.
     """
-    start = start_phase(
-        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit, world=world
-    )
-    job = pretrain_job(start)
-    with reporting(start, quiet=quiet) as reporter:
-        result = train(job, device=start.device, reporter=reporter, resume=start.resume)
+    with only_training_here(world):
+        start = start_phase(
+            PHASE,
+            config,
+            device=device,
+            resume_path=resume_path,
+            no_auto_resume=no_auto_resume,
+            limit=limit,
+            world=world,
+        )
+        job = pretrain_job(start)
+        with reporting(start, quiet=quiet) as reporter:
+            result = train(job, device=start.device, reporter=reporter, resume=start.resume)
     last = result.last_evals.get(start.settings.data.val_pretrain_source)
     return {**result.record(), "last_val_loss": last.loss if last is not None else None}
 

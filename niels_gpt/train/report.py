@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from rich.console import Console
 
-from niels_gpt import paths
+from niels_gpt import files, paths
+from niels_gpt.console import OutputConsole
 from niels_gpt.eval import EvalResult
 from niels_gpt.train.bar import Bar
 from niels_gpt.train.board import Board, open_board
@@ -85,7 +85,8 @@ class Reporter:
 
     def __init__(self, phase: str, run_id: str, *, quiet: bool = False, console: Console | None = None) -> None:
         self.phase, self.quiet = phase, quiet
-        self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = console or OutputConsole()
+        self.output_closed = False  # nobody reads stdout, or stderr, any more: the loop saves and ends
         self.folder: Path = paths.RUNS_DIR / run_id
         self.clock = ActivityClock()
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.warn)
@@ -105,10 +106,24 @@ class Reporter:
     def say(self, line: str) -> None:
         if not self.quiet:
             encoding = self.console.encoding  # a model may write what this terminal or file cannot hold
-            self.console.print(line.encode(encoding, "replace").decode(encoding), markup=False)
+            with self._writing(self.console):
+                self.console.print(line.encode(encoding, "replace").decode(encoding), markup=False)
 
     def warn(self, line: str) -> None:
-        Console(file=sys.stderr, highlight=False, soft_wrap=True).print(f"warning: {line}", markup=False)
+        console = OutputConsole(stderr=True)
+        with self._writing(console):
+            console.print(f"warning: {line}", markup=False)
+
+    @contextmanager
+    def _writing(self, console: Console) -> Iterator[None]:
+        """Around output: that nobody reads it any more is noted, and what follows goes nowhere."""
+        try:
+            yield
+        except OSError as error:
+            if not files.is_closed_output(error):
+                raise
+            files.discard_output(console.file)
+            self.output_closed = True
 
     def start(self, loop: Loop) -> None:
         """The line that says what runs, the peak that MFU refers to, and the bar when this is a terminal."""
@@ -137,7 +152,8 @@ class Reporter:
         if loop.options.tensorboard:
             self._board = open_board(self.folder / "tensorboard", step, say=self.say, warn=self.warn)
         if self.console.is_terminal:
-            self._bar = Bar(self.phase, self.console)
+            with self._writing(self.console):
+                self._bar = Bar(self.phase, self.console)
 
     def forget_after(self, step: int) -> list[dict[str, Any]]:
         """Drop what is on record of steps that will be taken again; returns what stays of this phase."""
@@ -162,7 +178,8 @@ class Reporter:
         if self._board is not None and report.step % self._board_every == 0:
             self._board.scalars(report.step, self._scalars(report, mfu))
         if self._bar is not None and (logs or self._bar.is_due()):
-            self._bar.show(report.progress, self._pace(report))
+            with self._writing(self.console):
+                self._bar.show(report.progress, self._pace(report))
         if logs:
             self.say(self._line(report))
             if self._bar is None:
@@ -269,7 +286,8 @@ class Reporter:
         self.close()
         self.say(f"[{self.phase}] finished {step} steps in {duration(elapsed)}")
         if not self.quiet:
-            self.console.print(time_table(seconds))
+            with self._writing(self.console):
+                self.console.print(time_table(seconds))
 
     def _close_files(self) -> None:
         """TensorBoard's files; the metrics stay open for the last entry."""
@@ -279,7 +297,8 @@ class Reporter:
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with self._writing(self.console):
+                self._bar.stop()
             self._bar = None
         self._close_files()
         self.metrics.close()
@@ -289,7 +308,7 @@ class NoReporter:
     """The reporter of a run's other processes: it takes whatever it is told and keeps it to itself."""
 
     def __init__(self) -> None:
-        self.clock = ActivityClock()
+        self.clock, self.output_closed = ActivityClock(), False
 
     def saving(self, step: int) -> AbstractContextManager[None]:
         return nullcontext()

@@ -38,13 +38,13 @@ LONGEST = 525600  # minutes: a year
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.list_profiles:
-        print("\n".join(profiles()))
-        return 0
+        return exit_status(lambda: print("\n".join(profiles())), reader_gone=0)
     _check(args)
     limit = TimeLimit(args.minutes, args.until)
     return exit_status(
         lambda: _run(args, limit),
-        go_on=how_to_go_on(args.resume, args.no_resume),
+        go_on=None if args.print_config else how_to_go_on(args.resume, args.no_resume),
+        reader_gone=0 if args.print_config else 1,
         expected=(ValueError, OSError, RuntimeError, MemoryError),
     )
 

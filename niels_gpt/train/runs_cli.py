@@ -40,8 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--limit must be a share between 0 and 1, not {args.limit:g}")
     console = wide_console()
     if args.command == "show":
-        return exit_status(lambda: show_run(console, find_run(args.run), args.limit))
-    return exit_status(lambda: list_runs(console))
+        gone = 0 if args.limit is None else 1
+        return exit_status(lambda: show_run(console, find_run(args.run), args.limit), reader_gone=gone)
+    return exit_status(lambda: list_runs(console), reader_gone=0)
 
 
 def metrics_files() -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from niels_gpt.cache.chat_rows import ChatRows, as_chat_row
 from niels_gpt.cache.format import SftExamples
 from niels_gpt.cache.pretrain import open_source
 from niels_gpt.cache.sft import open_mix
+from niels_gpt.chat_format import sentinel_ids
 from niels_gpt.checkpoint.loaded import recorded_tokenizer
 from niels_gpt.epochs import TextRows
 from niels_gpt.eval import token_byte_lengths
@@ -23,6 +25,7 @@ from niels_gpt.settings import Settings
 from niels_gpt.train.distributed import ALONE, World
 from niels_gpt.train.job import Job
 from niels_gpt.train.lineage import pretrained_model
+from niels_gpt.train.lock import only_training_here
 from niels_gpt.train.loop import train
 from niels_gpt.train.pretrain import stream_eval
 from niels_gpt.train.report import Reporter, reporting
@@ -60,23 +63,35 @@ def run_sft(
     A fresh run has the weights of `init_model_path`; without it but with `from_pretrained`, those that pretraining left
     here, if they fit; else random ones. Returns `TrainResult.record`, last_val_pretrain_loss and last_val_sft_loss.
     """
-    start = start_phase(
-        PHASE, config, device=device, resume_path=resume_path, no_auto_resume=no_auto_resume, limit=limit, world=world
-    )
-    job = sft_job(start)
-    with reporting(start, quiet=quiet) as reporter:
-        init = _first_weights(start, init_model_path, from_pretrained, reporter) if start.resume is None else None
-        result = train(job, device=start.device, reporter=reporter, resume=start.resume, init=init)
+    with only_training_here(world):
+        start = start_phase(
+            PHASE,
+            config,
+            device=device,
+            resume_path=resume_path,
+            no_auto_resume=no_auto_resume,
+            limit=limit,
+            world=world,
+        )
+        job = sft_job(start)
+        with reporting(start, quiet=quiet) as reporter:
+            init = _first_weights(start, init_model_path, from_pretrained, reporter) if start.resume is None else None
+            result = train(job, device=start.device, reporter=reporter, resume=start.resume, init=init)
     losses = {name: evaluated.loss for name, evaluated in result.last_evals.items()}
     last = {f"last_val_{name}_loss": losses.get(name) for name in ("pretrain", "sft")}
     return {**result.record(), **last}
 
 
 def _first_weights(start: Start, asked: str | Path | None, from_pretrained: bool, reporter: Reporter) -> Path | None:
-    """The checkpoint whose weights a fresh run begins with; None for random ones. Says which."""
+    """The checkpoint whose weights a fresh run begins with; None for random ones. Says which.
+
+    ValueError if the one that is asked for does not fit.
+    """
     init, why = None if asked is None else Path(asked), "no others are given"
     if init is None and from_pretrained:
         init, why = start.world.from_main(lambda: _pretrained(start))
+    elif init is not None and (misfit := start.world.from_main(partial(_misfit, start, init))):
+        raise ValueError(f"cannot fine-tune from here: {misfit}; use the settings that it was trained with")
     if init is None:
         reporter.warn(f"fine-tuning starts from random weights: {why}")
     else:
@@ -89,20 +104,27 @@ def _pretrained(start: Start) -> tuple[Path | None, str]:
         path = pretrained_model()
     except RuntimeError as error:
         return None, str(error)
+    misfit = _misfit(start, path)
+    return (None, misfit) if misfit else (path, "")
+
+
+def _misfit(start: Start, path: Path) -> str:
+    """Why a run cannot begin with the weights of a checkpoint; "" if it can."""
     loaded = ckpt.load_checkpoint(path, device="cpu")
     if recorded_tokenizer(loaded) not in (None, start.tokenizer.sha256):
-        return None, f"{path} was trained with another tokenizer"
+        return f"{path} was trained with another tokenizer"
     try:
         ckpt.check_same_model(loaded, start.resolved.model_cfg, start.resolved.arch)
     except ValueError as error:
-        return None, f"{path} does not fit: {error}"
-    return path, ""
+        return f"{path} does not fit: {error}"
+    return ""
 
 
 def sft_job(start: Start) -> Job:
-    """Open the caches and tie them to the loop."""
+    """Open the caches and tie them to the loop. ValueError for a byte tokenizer, which no chat cache is made with."""
     settings, options = start.settings, start.options
     T = start.resolved.model_cfg.T
+    sentinel_ids(start.tokenizer)
     sources, mix = open_mix(settings, start.tokenizer, "train")
     evals: dict[str, Callable[[], Iterable[Batch]]] = {}
     if (stream := _pretrain_val(start, T)) is not None:

@@ -17,6 +17,7 @@ from types import FrameType
 
 from niels_gpt.command import Interrupted
 
+OUTPUT_CLOSED = int(getattr(signal, "SIGPIPE", 13))  # stands in a StopRequest for a closed output; not caught
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from niels_gpt import checkpoint as ckpt
 from niels_gpt.device import keep_freed_memory, resolve_device, use_deterministic_kernels
 from niels_gpt.eval import EvalResult
 from niels_gpt.files import sha256_file
@@ -19,7 +22,7 @@ from niels_gpt.paths import ensure_dirs
 from niels_gpt.settings import PhaseSettings, ResolvedSettings, Settings, new_run_id, resolve_settings
 from niels_gpt.tokenizer import SentencePieceTokenizer, Tokenizer, open_tokenizer
 from niels_gpt.train.distributed import ALONE, World
-from niels_gpt.train.lineage import find_resume, saved_by
+from niels_gpt.train.lineage import find_resume, is_of_phase, said_by
 
 SHORTEST_BUDGET = 1.0  # seconds: a deadline that is over still leaves time for the last evaluation and save
 Overrides = str | Path | Mapping[str, Any] | None
@@ -85,7 +88,8 @@ def start_phase(
     ensure_dirs()
     chosen = resolve_device(device)
     resume = world.from_main(lambda: find_resume(phase, resume_path, no_auto_resume))
-    run_id, flags = world.from_main(lambda: _run_id_and_flags(phase, resume, limit))
+    otherwise = "start afresh with --no-resume" if resume_path is None else "leave --resume out"
+    run_id, flags = world.from_main(lambda: _run_id_and_flags(phase, config, resume, limit, otherwise))
     resolved = resolve_settings(phase, config, flags=flags, run_id=run_id, write_resolved=world.is_main)
     prepare_process(resolved.settings)
     if chosen == "cpu" and resolved.settings.training.native_kernels and (reason := native.missing()) and world.is_main:
@@ -106,11 +110,27 @@ def prepare_process(settings: Settings) -> None:
     native.switch(settings.training.native_kernels)
 
 
-def _run_id_and_flags(phase: str, resume: Path | None, limit: TimeLimit) -> tuple[str, dict[str, Any]]:
-    """What a checkpoint to go on from decides: the run it belongs to, and how much of the time limit is used."""
-    found = saved_by(phase, resume)
-    spent = 0.0 if found is None else found.seconds
-    return (found and found.run_id) or new_run_id(), limit.flags(phase, spent)
+def _run_id_and_flags(
+    phase: str, config: Overrides, resume: Path | None, limit: TimeLimit, otherwise: str
+) -> tuple[str, dict[str, Any]]:
+    """What a checkpoint to go on from decides: the run it belongs to, and how much of the time limit is used.
+
+    ValueError if its model is another one than that of the settings, before these are put on record as the run's;
+    `otherwise` is what to do if the settings are meant.
+    """
+    if resume is None:
+        return new_run_id(), limit.flags(phase)
+    loaded = ckpt.load_checkpoint(resume, device="cpu")
+    with redirect_stderr(io.StringIO()):  # what it warns of is said when the run's settings are resolved
+        wanted = resolve_settings(phase, config)
+    try:
+        ckpt.check_same_model(loaded, wanted.model_cfg, wanted.arch)
+    except ValueError as error:
+        raise ValueError(f"cannot go on from {resume}: {error}; use its settings, or {otherwise}") from None
+    found = said_by(loaded)
+    if not is_of_phase(found.resume, phase):
+        return new_run_id(), limit.flags(phase)
+    return found.run_id or new_run_id(), limit.flags(phase, found.seconds)
 
 
 def fingerprint(root: str | Path, sources: Iterable[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ import pytest
 
 from niels_gpt.cache import cli
 from niels_gpt.cache.integrity import DEFAULT_CACHE_DIR
-from niels_gpt.cache.pretrain import build_pretrain
+from niels_gpt.cache.pretrain import build_pretrain, open_mix
 from niels_gpt.cache.sft import build_sft
 from niels_gpt.data.registry import SOURCES, Source
 from niels_gpt.data.types import Document
@@ -57,6 +57,20 @@ def test_build_makes_what_a_source_has_and_keeps_it(here: Path, capsys: pytest.C
     assert made == {f"data/cache/{name}/meta.json" for name in ("pretrain/primer", "pretrain/text", "sft/primer")}
     assert run("build", "primer", "text") == 0
     assert capsys.readouterr().out.count("up to date") == 3
+
+
+def test_what_a_missing_cache_advises_makes_it(here: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
+    """With a tokenizer and folders of the config's own."""
+    config = json.loads(Path("c.json").read_text())
+    config["data"] |= {"mix_pretrain": {"primer": 1.0}, "caches": {"pretrain_token_cache": "p", "sft_token_cache": "s"}}
+    Path("c.json").write_text(json.dumps(config))
+    settings = validate_overrides(config)
+    with pytest.raises(FileNotFoundError, match="no cache at p/primer; build it with: ") as caught:
+        open_mix(settings, tiny_tokenizer, "train", 32)
+    command = str(caught.value).partition("niels_gpt.cache.cli ")[2].partition(",")[0]
+    assert command == "build primer --config FILE"
+    assert cli.main(command.replace("FILE", "c.json").split()) == 0
+    assert list(open_mix(settings, tiny_tokenizer, "train", 32)[0]) == ["primer"]
 
 
 def test_the_documented_defaults() -> None:

@@ -48,6 +48,14 @@ def test_a_machine_that_works(here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len(said.splitlines()) <= 40
 
 
+def test_a_narrow_terminal_cuts_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    _, said = doctor(capsys, "--device", "cpu")
+    assert "…" not in said and "reproducibility" in said
+
+
 def test_as_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = doctor(capsys, "--json", "--device", "cpu")
     record = json.loads(said)

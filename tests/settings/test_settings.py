@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -245,6 +246,19 @@ def test_the_record_is_written_where_runs_live(tmp_path: Path, monkeypatch: pyte
         *("run_id", "settings", "special_token_ids", "stop_token_id", "tokenizer", "train_cfg"),
     ]
     assert resolve_settings("pretrain", resolved.resolved_path).settings == resolved.settings
+
+
+def test_a_file_may_have_a_name_that_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has such names with halves of surrogate pairs, which the record could not hold."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "RUNS_DIR", tmp_path)
+    name = Path(os.fsdecode(b"c\xe9.json"))
+    try:
+        name.write_text("{}")
+    except OSError:
+        pytest.skip("this file system refuses it")
+    written = resolve_settings("sft", name, write_resolved=True).resolved_path
+    assert written is not None and files.read_json(written)["overrides_source"] == "c\ufffd.json"
 
 
 def test_nothing_is_written_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

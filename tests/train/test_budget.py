@@ -158,9 +158,14 @@ def test_a_finished_run_is_not_gone_on_with_unless_it_is_given_more(world: dict[
     assert first > 5
     latest = ckpt.phase_paths("pretrain").latest
     before = latest.read_bytes()
+    used = spent
     for same_or_less in (0.5, 0.25):
         assert steps_after(same_or_less) == first and latest.read_bytes() == before
-    assert steps_after(1.0) > first + 5
+        assert spent == used  # by training: the evaluation that shows the result again is none of it
+    ckpt.phase_paths("pretrain").best.unlink()  # which is made again, in a new checkpoint
+    assert steps_after(0.5) == first and latest.read_bytes() != before
+    assert spent == used == (ckpt.load_checkpoint(latest, device="cpu")["resume"] or {})["elapsed_s"]
+    assert steps_after(1.0) > first + 5 and spent > used + 10
 
 
 def test_a_resumed_run_has_what_is_left(world: dict[str, Any], clock: Clock) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from niels_gpt import checkpoint as ckpt
 from niels_gpt.train.loop import Loop
+from niels_gpt.train.pretrain import run_pretrain
 from niels_gpt.train.run import main
+from niels_gpt.train.sft import run_sft
 from niels_gpt.train.start import TimeLimit, start_phase
 from niels_gpt.train.state import RunState
 from tests.train import workshop
@@ -138,3 +141,24 @@ def test_another_phase_leaves_its_step_and_nothing_else(
     own = workshop.make_loop(world)
     state, seconds = own.saver.restore(ckpt.load_checkpoint("other.pt", device="cpu"))
     assert seconds == 5000 and state.tokens_seen > 0 and own.saver.finished_seconds == 6000
+
+
+def test_another_model_is_refused_before_anything_is_said_or_recorded(world: dict[str, Any], capsys: Any) -> None:
+    for phase in ("pretrain", "sft"):
+        world["training"][phase] |= {"total_steps": 1, "warmup_steps": 0}
+    best = run_pretrain(world, device="cpu", quiet=True)["best_path"]
+    (record,) = Path("runs").glob("*/resolved_settings.json")
+    before = record.read_bytes()
+    wider = {**world, "model": {**world["model"], "C": 64}}
+    problem = "the checkpoint's model differs from the settings in model.C (checkpoint 32, settings 64)"
+    Path("wider.json").write_text(json.dumps(wider))
+    assert main(["--phase", "pretrain", "--config", "wider.json", "--device", "cpu"]) == 1
+    said = capsys.readouterr()
+    assert said.out == "using device: cpu\n" and said.err == (
+        f"error: cannot go on from checkpoints/pretrain/latest.pt: {problem};"
+        " use its settings, or start afresh with --no-resume\n"
+    )
+    assert record.read_bytes() == before  # the settings that are to be used
+    with pytest.raises(ValueError, match=rf"{re.escape(problem)}; use the settings that it was trained with$"):
+        run_sft(wider, device="cpu", init_model_path=best)
+    assert "sft init from" not in capsys.readouterr().out

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,68 @@ def test_other_weights_of_pretraining_make_fine_tuning_start_afresh(
     assert "resumed from" not in out and out.count("sft init from checkpoints/pretrain/best.pt") == 2
 
 
+def missing_file(config: dict[str, Any]) -> None:
+    Path("sft.json").unlink()
+
+
+def unknown_setting(config: dict[str, Any]) -> None:
+    config["model"]["TT"] = 1
+
+
+def no_chats(config: dict[str, Any]) -> None:
+    config["data"]["caches"]["sft_token_cache"] = "nowhere"
+
+
+def other_model(config: dict[str, Any]) -> None:
+    config["model"] |= {"C": 64, "mlp_bias": True}
+
+
+def other_tokenizer(config: dict[str, Any]) -> None:
+    data = bytearray(Path(config["tokenizer"]["model_path"]).read_bytes())
+    Path("other.model").write_bytes(data.replace(b"\xe2\x96\x81the", b"\xe2\x96\x81teh"))
+    config["tokenizer"]["model_path"] = "other.model"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (missing_file, r"sft\.json"),
+        (unknown_setting, r"model\.TT"),
+        (no_chats, r"no cache at nowhere/primer"),
+        (
+            other_model,
+            r"both\.json and .*sft\.json differ in model\.C \(32, 64\), model\.mlp_bias \(False, True\); give",
+        ),
+        (other_tokenizer, r"differ in the tokenizer \([0-9a-f]{64}, [0-9a-f]{64}\)"),
+    ],
+)
+def test_what_keeps_fine_tuning_from_starting_is_said_before_pretraining(
+    pipeline: Path, spoil: Callable[[dict[str, Any]], None], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads(Path("both.json").read_text())
+    Path("sft.json").touch()
+    pipeline.write_text(json.dumps({"pretrain_config_path": "both.json", "sft_config_path": "sft.json"}))
+    spoil(config)
+    if Path("sft.json").is_file():
+        Path("sft.json").write_text(json.dumps(config))
+    assert main(["--phase", "pipeline", "--config", str(pipeline), "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert re.search(says, said) and said.count("error: ") == 1
+    assert not Path("runs").exists() and not Path("checkpoints").exists()
+
+
+@pytest.mark.parametrize("phase", ["sft", "pipeline"])
+def test_a_byte_model_is_not_fine_tuned(pipeline: Path, phase: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No command could build chat caches for it."""
+    config = json.loads(Path("both.json").read_text())
+    config["tokenizer"], config["model"]["V"] = {"type": "byte"}, 256
+    Path("both.json").write_text(json.dumps(config))
+    chosen = pipeline if phase == "pipeline" else Path("both.json")
+    assert main(["--phase", phase, "--config", str(chosen), "--device", "cpu"]) == 1
+    expected = "error: a byte tokenizer has no sentinels; its models chat in text form\n"
+    assert capsys.readouterr().err == expected and not Path("checkpoints/pretrain").exists()
+
+
 def test_a_budget_is_shared_out_and_what_is_left_is_for_fine_tuning(pipeline: Path) -> None:
     found = budget_shares(TimeLimit(10.0), "both.json")
     assert found["pretrain"].minutes == pytest.approx(9) and found["sft"].minutes == pytest.approx(1)
@@ -131,6 +195,21 @@ def test_fine_tuning_alone_starts_from_what_pretraining_left(
         f"random weights: {best} does not fit: the checkpoint's model differs from the settings in model.T (checkpo"
     )
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-resume"]])
+def test_damaged_pretraining_is_advised_to_be_done_again(
+    world: dict[str, Any], flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path("checkpoints/pretrain")
+    folder.mkdir(parents=True)
+    (folder / "latest.pt").write_bytes(b"half")
+    Path("sft.json").write_text(json.dumps(world))
+    assert main(["--phase", "sft", "--config", "sft.json", "--device", "cpu", *flags]) == 1
+    assert capsys.readouterr().err == (
+        "error: every checkpoint in checkpoints/pretrain is damaged (latest.pt); restore one, or pretrain again:"
+        " --phase pretrain --no-resume\n"
+    )
 
 
 def test_a_fine_tuned_checkpoint_knows_what_was_read_before(world: dict[str, Any]) -> None:
