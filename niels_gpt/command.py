@@ -66,12 +66,6 @@ def exit_status(
         return 130
 
 
-def _escape_unprintable() -> None:
-    """With LC_ALL=C most output could not be printed at all; a program that chose its own way keeps it."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def _flushed(work: Callable[[], int | None]) -> int:
     """Run the work and write out what stdout still holds: here, where a reader that has gone is dealt with."""
     try:
@@ -81,6 +75,12 @@ def _flushed(work: Callable[[], int | None]) -> int:
         raise
     sys.stdout.flush()
     return status
+
+
+def _escape_unprintable() -> None:
+    """With LC_ALL=C most output could not be printed at all; a program that chose its own way keeps it."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _say(*parts: str | None) -> None:
