@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,15 +97,3 @@ def test_a_file_that_cannot_be_written_is_a_sentence(
     assert program(["--out", str(tmp_path / "file" / "x")]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and str(tmp_path / "file") in err
-
-
-def test_a_reader_that_has_gone_is_no_failure() -> None:
-    script = "from niels_gpt.cli import main; input(); exit(main(['settings']))"
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-        process.stdout.close()
-        process.stdin.write(b"\n")
-        process.stdin.close()
-        assert process.wait(timeout=60) == 0 and process.stderr.read() == b""
