@@ -23,7 +23,7 @@ from niels_gpt.data.notes.duplicates import find_duplicates
 from niels_gpt.data.notes.formats import documents_of
 from niels_gpt.data.notes.markdown import find_blocks
 from niels_gpt.data.notes.overlap import fingerprints, link
-from niels_gpt.data.notes.reading import Skipped, find_files, find_skipped, kind_of, read_file
+from niels_gpt.data.notes.reading import Skipped, find_files, find_skipped, kind_of, read_file, shown_name
 from niels_gpt.data.notes.secrets import mask
 from niels_gpt.settings import NotesSettings
 from niels_gpt.special_tokens import SPECIAL_TOKENS
@@ -55,6 +55,7 @@ class Vault:
         self.root = root
         self.settings = settings
         self.notes: list[Note] = []
+        self.paths: list[Path] = []  # of the files that were read
         self.skipped: list[Skipped] = []
         self.files: Counter[str] = Counter()  # by kind
         self.group: list[int] = []  # of every note: the first note that it shares a passage with, itself if none
@@ -95,8 +96,8 @@ def scan(
     """
     say = progress or (lambda what, done, total: None)
     vault = Vault(Path(root), settings)
-    paths = find_files(root, patterns, setting, hidden=hidden)
-    vault.skipped = find_skipped(root, patterns, setting)
+    paths = vault.paths = find_files(root, patterns, setting, hidden=hidden)
+    vault.skipped = find_skipped(root, patterns)
     blocks = _blocks(paths, settings) if settings.clean else {}
     for done, path in enumerate(paths, start=1):
         for note, text in _read(path, vault.root, settings, blocks):
@@ -120,8 +121,7 @@ def _blocks(paths: Sequence[Path], settings: NotesSettings) -> dict[str, str]:
 
 
 def _read(path: Path, root: Path, settings: NotesSettings, blocks: dict[str, str]) -> Iterator[tuple[Note, str]]:
-    name, kind = path.relative_to(root).as_posix(), kind_of(path)
-    name = name.encode("utf-8", "replace").decode()
+    name, kind = shown_name(root, path), kind_of(path)
     content = read_file(path, settings.max_file_bytes)
     if content.reason:
         yield Note(name, kind, content.reason, content.detail), ""

@@ -237,6 +237,28 @@ def test_a_file_that_vanishes_or_may_not_be_read_is_no_error(tmp_path: Path, mon
     assert [note.reason for note in vault.notes] == ["vanished", "unreadable", ""]
 
 
+def test_odd_names_are_read_and_not_called_unread(tmp_path: Path) -> None:
+    """A `#` in a name is no record of a JSON lines file, capitals are read as well, and what is not UTF-8 is told."""
+    names = [b"C# notes.md", b"UP.MD", b"bad\xff.md", b"sub/In.Md", b".hidden/x.md", b".obsidian/s\xff.md"]
+    for number, name in enumerate(names):
+        path = tmp_path / os.fsdecode(name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"Note {number} tells of something else, {number * 7919} in all.")
+    report, vault = report_on(settings_for(tmp_path))
+    assert [note.name for note in vault.notes] == [".hidden/x.md", "C# notes.md", "UP.MD", "bad?.md", "sub/In.Md"]
+    assert report["other_files"] == {} and not any("not read" in remark for remark in remarks(report, "roam"))
+    assert report["skipped"] == [{"name": ".obsidian/s?.md", "reason": "app folder", "detail": ""}]
+    json.dumps(report, ensure_ascii=False).encode()
+    for name in ("a.TXT", "b.markdown", "c.htm", "d.Ndjson", "e.png"):
+        (tmp_path / name).write_text(json.dumps({"text": f"A file of another kind, which is called {name}."}))
+    report, _ = report_on(settings_for(tmp_path))
+    assert report["other_files"] == {".htm": 1, ".markdown": 1, ".ndjson": 1, ".txt": 1}
+    _, vault = report_on(settings_for(tmp_path, "text"), "text")  # the advice of the remark
+    assert {Path(note.name.partition("#")[0]).suffix.lower() for note in vault.notes if not note.reason} >= {
+        *report["other_files"]
+    }
+
+
 def test_a_vault_is_read_once_until_a_file_changes(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("first")
     settings = settings_for(tmp_path)
