@@ -66,11 +66,16 @@ def find_files(root: str | Path, patterns: Sequence[str], setting: str, *, hidde
 
     Raises:
         FileNotFoundError: no such folder, or no such file in it; the text names `setting`, where the folder is set.
+        PermissionError: the folder itself cannot be read, or nothing in it.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}; put text files there or set {setting} to your folder")
-    found, _ = _look(root, patterns, hidden)
+    found, skipped = _look(root, patterns, hidden)
+    unreadable = [one for one in skipped if one.reason == "unreadable"]
+    if not found and unreadable:
+        what = root / unreadable[0].name
+        raise PermissionError(f"{what} cannot be read ({unreadable[0].detail}); you need to be allowed to read {root}")
     if not found:
         shown = " or ".join(patterns)
         raise FileNotFoundError(f"{root} holds no files that match {shown}; add some or set {setting} to your folder")
@@ -135,7 +140,11 @@ def _look(root: Path, patterns: Sequence[str], hidden: bool) -> tuple[list[Path]
             relative = path.relative_to(root)
             if not any(_fits(relative.as_posix().lower().split("/"), parts) for parts in wanted):
                 continue
-            mode = path.lstat().st_mode
+            try:
+                mode = path.lstat().st_mode
+            except OSError as error:  # a folder that may be listed but not entered
+                unreadable(error)
+                continue
             if stat.S_ISLNK(mode):
                 skipped.append(_link(root, path))
             elif stat.S_ISREG(mode) and _in_app_folder(relative):
@@ -165,6 +174,8 @@ def _link(root: Path, path: Path) -> Skipped:
         target = path.resolve(strict=True)
     except FileNotFoundError:
         return Skipped(name, "link", "leads nowhere")
+    except PermissionError:
+        return Skipped(name, "link", "leads to a place that cannot be read")
     except (OSError, RuntimeError):  # RuntimeError: how Python before 3.13 says that a link loops
         return Skipped(name, "link", "loops")
     if target.is_dir() and path.parent.resolve().is_relative_to(target):

@@ -91,8 +91,9 @@ def scan(
     """Read a whole folder of notes.
 
     Raises:
-        FileNotFoundError: no such folder or no such files in it; the text names `setting`. Nothing about a single file
-            is an error: what cannot be used is in the vault with its reason.
+        FileNotFoundError: no such folder or no such files in it; the text names `setting`.
+        PermissionError: the folder cannot be read. Nothing about a single file or folder in it is an error: what cannot
+            be used is in the vault with its reason.
     """
     say = progress or (lambda what, done, total: None)
     vault = Vault(Path(root), settings)
