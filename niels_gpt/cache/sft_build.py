@@ -6,6 +6,7 @@ truncates from the left.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from niels_gpt.cache.folder import locked
-from niels_gpt.cache.shared import Done, Progress, fingerprint, tokenizer_meta, up_to_date
+from niels_gpt.cache.shared import Done, Progress, fingerprint, tokenizer_meta, up_to_date, warn
 from niels_gpt.cache.writing import SftWriter, writing_sft
 from niels_gpt.chat_format import AnyMessage, render_batch
+from niels_gpt.data.jsonl import Report
 from niels_gpt.data.primer import iter_chat_jsonl_lenient
 from niels_gpt.data.primer_source import val_indices
 from niels_gpt.data.roam import split_indices
@@ -89,7 +91,7 @@ def build_primer_sft_cache(
     with locked(folder):
         if kept := up_to_date(folder, wanted, tokenizer):
             return kept
-        examples, malformed = _read_examples(path, strict)
+        examples, report = _read_examples(path, strict)
         held_out = val_indices(len(examples), val_frac, seed)
         splits = {
             "val": [messages for i, messages in enumerate(examples) if i in held_out],
@@ -105,29 +107,37 @@ def build_primer_sft_cache(
             "T_max": t_max,
             "source_fingerprint": wanted,
         }
-        dropped = Counter({"malformed": malformed})
+        dropped = Counter({"malformed": report.lines - len(examples)})
         return write_chats(
             folder, splits, tokenizer, meta, strict=strict, t_max=t_max, dropped=dropped, progress=progress
         )
 
 
-def _read_examples(path: Path, strict: bool) -> tuple[list[Example], int]:
-    """The examples of a chat JSONL file, and how many lines were malformed; ValueError for such a line if `strict`.
+def _read_examples(path: Path, strict: bool) -> tuple[list[Example], Report]:
+    """The examples of a chat JSONL file, and what its lines were; which will be dropped, and why, goes to stderr.
 
-    An example without an assistant message is empty: it is one when examples are split, and dropped after that.
+    Malformed lines are no examples. One without an assistant message is, but empty, and like one with a special token
+    literal it is dropped only after the split, as it was from published caches. ValueError for malformed lines and
+    literals if `strict`, or if there is no example.
     """
     examples: list[Example] = []
-    malformed = 0
-    for number, messages, reason in iter_chat_jsonl_lenient(path):
-        if messages is None and reason and not reason.startswith("no assistant message"):
-            if strict:
-                raise ValueError(f"{path}: line {number}: {reason}")
-            malformed += 1
-        else:
+    report = Report()
+    for number, messages, problem in iter_chat_jsonl_lenient(path):
+        unanswered = problem is not None and problem.startswith("no assistant message")
+        literal = any(find_special_collision(message["content"]) for message in messages or [])
+        reason = "special token literal in a message" if literal else problem
+        if strict and reason and not unanswered:
+            raise ValueError(f"{path}: line {number}: {reason}")
+        report.lines += 1
+        if reason:
+            report.drop(reason, f"line {number}")
+        if messages is not None or unanswered:
             examples.append(messages or [])
+    if report.dropped:
+        print(f"{path}: {report}", file=sys.stderr)
     if not examples:
         raise ValueError(f"{path}: no example in it; each line must be an object such as {{'messages': [...]}}")
-    return examples, malformed
+    return examples, report
 
 
 def write_chats(
@@ -161,11 +171,22 @@ def write_chats(
                     progress(Done(split, first + len(some), of_documents=len(examples)))
         kept = writer.n_examples("train")
         if not kept:
-            raise ValueError(f"no conversation to train on is left for {folder.name}; dropped: {dict(dropped)}")
+            raise ValueError(f"no conversation to train on is left for {folder.name}{_counts(dropped)}")
+        if not writer.n_examples("val") and meta.get("val_frac") != 0:
+            warn(
+                f"{folder.name} has no conversation for validation{_counts(dropped)}, and fine-tuning needs one of "
+                f"some source; add conversations{', mend the dropped ones' * any(dropped.values())} or raise val_frac"
+            )
         meta["dropped"] = {reason: count for reason, count in sorted(dropped.items()) if count}
         meta["dropped_collisions"] = dropped["collision"]
         meta["dropped_malformed_examples"] = sum(dropped.values()) - dropped["collision"]
     return writer.meta
+
+
+def _counts(dropped: Counter[str]) -> str:
+    """How many were dropped, in parentheses; nothing if none were."""
+    shown = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()) if count)
+    return f" (dropped: {shown})" if shown else ""
 
 
 def _reject(messages: Example, strict: bool, where: str, index: int) -> str | None:

@@ -5,7 +5,8 @@
     {"instruction": "...", "input": "...", "output": "..."}            as in Alpaca; input and system may be missing
 
 Each line is recognised by its keys, and others of its keys are ignored. How many lines had which form, and which were
-dropped why, is said at the build and kept in meta.json.
+dropped why, is said at the build and kept in meta.json. What no cache may hold, a message that spells a special token,
+is a bad line too: it is out before conversations are split, and cannot be all that validation has.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from niels_gpt.data.primer import Dialogue, check_messages, decode_line, json_na
 from niels_gpt.data.types import Chat
 from niels_gpt.files import sha256_file
 from niels_gpt.settings import Settings
+from niels_gpt.special_tokens import find_special_collision
 
 NAME = "jsonl"
 SPEAKERS = {
@@ -63,7 +65,8 @@ def chats(settings: Settings, split: str) -> Iterator[Chat]:
 
     Raises:
         FileNotFoundError: there is no such file, or no *.jsonl in the folder.
-        ValueError: a line that is no chat, as `PATH: line N: reason`, unless `data.jsonl.skip_bad` is set.
+        ValueError: a line that is no chat, as `PATH: line N: reason`, unless `data.jsonl.skip_bad` is set; or no line
+            is one, with what they are instead.
     """
     report = Report()
     for path in find_files(settings):
@@ -72,6 +75,8 @@ def chats(settings: Settings, split: str) -> Iterator[Chat]:
                 yield Chat.from_dicts(messages, NAME)
             elif not settings.data.jsonl.skip_bad:
                 raise ValueError(f"{where}: {reason}; correct it, or set data.jsonl.skip_bad to leave such lines out")
+    if not report.forms:
+        raise ValueError(f"{settings.data.jsonl.path} has no conversation to train on: {report}")
     print(f"{NAME}: {report}", file=sys.stderr)
 
 
@@ -91,8 +96,15 @@ def parse_file(path: Path, report: Report) -> Iterator[tuple[str, Dialogue | Non
 
 
 def parse_line(line: bytes) -> tuple[str, Dialogue]:
-    """The form of a line and its messages; ValueError, the reason, if it is no chat."""
-    example = decode_line(line)
+    """The form of a line and its messages; ValueError, the reason, if it is no chat to learn from."""
+    form, messages = _recognised(decode_line(line))
+    for index, message in enumerate(messages):
+        if collision := find_special_collision(message["content"]):
+            raise ValueError(f"messages[{index}] spells a special token: {collision['token']}")
+    return form, messages
+
+
+def _recognised(example: dict[str, Any]) -> tuple[str, Dialogue]:
     if "messages" in example:
         return "messages", check_messages(_only(example["messages"], "role", "content"))
     if "conversations" in example:

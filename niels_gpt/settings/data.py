@@ -141,14 +141,18 @@ class NotesSettings(Section):
 
 class RoamSettings(Section):
     root_dir: FilePath = knob("data/.roam-data", "folder of your own markdown notes")
-    glob_pattern: Text = knob("**/*.md", "which files in it")
+    glob_pattern: Text = knob("**/*.md", "which files in it, whatever the case of their names")
     val_frac: float = knob(0.1, "share of the files kept for validation", ge=0, lt=1)
     split_seed: int = knob(42, "seed of the split", ge=0, le=MAX_INT64)
 
 
 class TextSettings(Section):
     root_dir: FilePath = knob("data/text", "folder of any text files of yours")
-    glob_patterns: Texts = knob(("**/*.txt", "**/*.md", "**/*.html", "**/*.jsonl"), "which files in it", min_length=1)
+    glob_patterns: Texts = knob(
+        ("**/*.txt", "**/*.md", "**/*.markdown", "**/*.html", "**/*.htm", "**/*.jsonl", "**/*.ndjson"),
+        "which files in it, whatever the case of their names",
+        min_length=1,
+    )
     val_frac: float = knob(0.1, "share of the files kept for validation", ge=0, lt=1)
     split_seed: int = knob(42, "seed of the split", ge=0, le=MAX_INT64)
 

@@ -1,7 +1,8 @@
 """Text to train tokenizers on and to judge them by: files, named sources, and samples of the hub, within byte budgets.
 
-Line ends become LF. Every text is checked for sentinel literals, which no builder accepts. The flags that choose text
-are the same for every program here, with `_` or `-` between their words.
+Line ends become LF. Every text is checked for sentinel literals, which no builder accepts. Files to learn from may be
+notes, so `data.notes.secrets` rules over secrets in them too: the pieces of a tokenizer are text that it has read. The
+flags that choose text are the same for every program here, with `_` or `-` between their words.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from niels_gpt.data.notes.secrets import mask
 from niels_gpt.data.registry import canonical_name, get_source
-from niels_gpt.settings import Settings, load_overrides, validate_overrides
+from niels_gpt.settings import NotesSettings, Settings, load_overrides, validate_overrides
 from niels_gpt.special_tokens import assert_no_special_collision
 
 SHIPPED_SOURCES = ("chitchat", "primer")  # come with the installation
@@ -25,12 +27,13 @@ MIX_BYTES = 50_000_000  # most of a mix that is read; beyond it, more text hardl
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts under one name. `about` says what they are; `read` counts what was read so far."""
+    """Texts under one name. `about` says what they are; `read` and `secrets` count what was read so far."""
 
     name: str
     texts: Callable[[], Iterator[str]]
     about: dict[str, Any] | None = None  # None for a file, which is listed by its name
     read: dict[str, int] = field(default_factory=lambda: {"texts": 0, "bytes": 0})
+    secrets: dict[str, int] = field(default_factory=dict)  # in a file, by kind
 
     def __iter__(self) -> Iterator[str]:
         for i, text in enumerate(self.unchecked()):
@@ -93,16 +96,23 @@ def shown(path: Path) -> Path:
     return path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path
 
 
-def file_corpus(path: Path) -> Corpus:
-    """A text file as one text."""
+def file_corpus(path: Path, notes: NotesSettings | None = None) -> Corpus:
+    """A text file as one text. `notes`: what becomes of secrets in it; None where it is not learned from."""
+    secrets: dict[str, int] = {}
 
     def texts() -> Iterator[str]:
+        secrets.clear()
         try:
-            yield path.read_bytes().decode("utf-8-sig")
+            text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8 or leave it out") from None
+        if notes is not None and notes.secrets != "keep":
+            text, found = mask(text.replace("\r\n", "\n"), notes.phone_region)
+            secrets.update(found)
+        if not (secrets and notes is not None and notes.secrets == "skip"):
+            yield text
 
-    return Corpus(path.as_posix(), texts)
+    return Corpus(path.as_posix(), texts, secrets=secrets)
 
 
 def source_corpus(name: str, settings: Settings, *, budget: int | None = None) -> Corpus:

@@ -4,6 +4,8 @@
     niels-gpt tokenizer --config configs/offline.json                from the mix of a config, to where it wants it
     python scripts/train_tokenizer.py --input_glob "notes/**/*.md" --include_wikitext --fineweb_bytes 20000000
 
+Secrets in files of --input_glob are masked before they are learned, as in notes (`data.notes.secrets` of --config).
+
 Writes spm.model, spm.vocab and tokenizer_meta.json. The same text, options and SentencePiece give the same bytes. Exit
 status: 0 done, 1 failed (an older tokenizer stays as it was), 2 wrong usage, 130 stopped.
 """
@@ -14,6 +16,7 @@ import argparse
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     program = script.name if script.stem == "train_tokenizer" else "niels-gpt tokenizer"
     parser = argparse.ArgumentParser(prog=program, description="Train a lossless SentencePiece tokenizer.")
     text = parser.add_argument_group("text to train on")
-    text.add_argument("--input_glob", "--input-glob", action="append", default=[], metavar="GLOB", help="text files")
+    text.add_argument(
+        "--input_glob",
+        "--input-glob",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="text files; secrets in them are masked",
+    )
     text.add_argument("--source", action="append", default=[], metavar="NAME", help="a source, such as chitchat")
     text.add_argument("--config", metavar="PATH", help="settings; alone: train on their mix, to where they want it")
     add_hub_flags(parser, wikitext="--include_wikitext", wikitext_bytes="--wikitext_limit_bytes")
@@ -77,11 +87,7 @@ def _train(args: argparse.Namespace) -> int:
     out_dir = args.out_dir or model_path.parent
     corpora = _corpora(args, settings)
     before = _hash(out_dir / "spm.model")
-    meta = {
-        "input_globs": args.input_glob,
-        "input_files": [corpus.name for corpus in corpora if corpus.about is None],
-        "dataset_sources": [],
-    }
+    meta: dict[str, Any] = {"input_globs": args.input_glob, "input_files": [], "dataset_sources": []}
     with _Progress() as progress:
         _interruptible(
             lambda: train_tokenizer(
@@ -106,19 +112,31 @@ def _train(args: argparse.Namespace) -> int:
 
 def _corpora(args: argparse.Namespace, settings: Settings) -> list[Corpus]:
     """Files first, by name, then named sources, then samples of the hub; the mix of the config if none are chosen."""
-    found = [file_corpus(path) for path in matching_files(args.input_glob)] if args.input_glob else []
+    paths = matching_files(args.input_glob) if args.input_glob else []
+    found = [file_corpus(path, settings.data.notes) for path in paths]
     found += named_corpora(args.source, settings) + hub_corpora(args, settings)
     return found or mix_corpora(settings)
 
 
 def _texts(corpora: Sequence[Corpus], meta: dict[str, Any], progress: _Progress) -> Iterator[str]:
-    """Every text, counted; what was read of sources is put into the meta file at the end."""
+    """Every text, counted; what was read is put into the meta file at the end."""
     for corpus in corpora:
+        progress.reading(corpus)  # to find the secrets of a large file takes a while
         for text in corpus:
             progress.reading(corpus)
             yield text
     meta["dataset_sources"] = [corpus.record() for corpus in corpora if corpus.about is not None]
+    meta["input_files"] = [corpus.name for corpus in corpora if corpus.about is None and corpus.read["texts"]]
+    if secrets := _secrets(corpora):
+        meta["secrets"] = dict(sorted(secrets.items()))
+        if not any(corpus.read["texts"] for corpus in corpora):
+            raise ValueError("every file has secrets in it, and data.notes.secrets is skip; mask them instead")
     progress.training(sum(corpus.read["bytes"] for corpus in corpora))
+
+
+def _secrets(corpora: Sequence[Corpus]) -> Counter[str]:
+    """How many secrets the files had, by kind."""
+    return sum((Counter(corpus.secrets) for corpus in corpora), Counter())
 
 
 class _Progress:
@@ -172,6 +190,11 @@ def _say(
 ) -> None:
     read = {key: sum(corpus.read[key] for corpus in corpora) for key in ("texts", "bytes")}
     print(f"read {read['texts']:,} texts, {read['bytes']:,} bytes, from {len(corpora)} inputs")
+    if secrets := _secrets(corpora):
+        skipped = sum(bool(corpus.secrets) and not corpus.read["texts"] for corpus in corpora)
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(secrets.items()))
+        what = f"left out {skipped:,} files with" if skipped else "masked"
+        print(f"{what} {secrets.total():,} secrets ({kinds})")
     print(f"{tokenizer.vocab_size:,} pieces in {out_dir / 'spm.model'}, sha256 {tokenizer.sha256} ({seconds:.1f} s)")
     if before == tokenizer.sha256:
         print("the same tokenizer as before")

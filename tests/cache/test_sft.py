@@ -87,6 +87,28 @@ def test_malformed_and_colliding_chats_are_dropped_and_counted(
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_build_without_validation_warns_and_names_lines(
+    tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = [{"role": "user", "content": f"a {SPECIAL_TOKENS['eot']} b"}, {"role": "assistant", "content": "c"}]
+    val = torch.randperm(11, generator=torch.Generator().manual_seed(42)).tolist()[0]
+    chats = [chat(i) if i != val else bad for i in range(11)]
+    meta = build_sft_cache(chats, tmp_path / "x", tokenizer=tiny_tokenizer, **OPTIONS)
+    assert (meta["train_examples"], meta["val_examples"]) == (10, 0)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: x has no conversation for validation (dropped: 1 collision)")
+    build_sft_cache([chat(i) for i in range(11)], tmp_path / "y", tokenizer=tiny_tokenizer, **OPTIONS)
+    assert capsys.readouterr().err == ""
+
+    path = write_jsonl(tmp_path / "p.jsonl", [chat(0), bad, "not json", *(chat(i) for i in range(20))])
+    options: dict[str, Any] = {"tokenizer": tiny_tokenizer, **OPTIONS, "t_max": 1024}
+    with pytest.raises(ValueError, match=r"p\.jsonl: line 2: special token literal"):
+        build_primer_sft_cache(path, tmp_path / "z", **options)
+    build_primer_sft_cache(path, tmp_path / "z", strict=False, **options)
+    said = capsys.readouterr().err
+    assert "special token literal in a message (line 2)" in said and "not valid JSON (line 3)" in said
+
+
 def test_a_byte_tokenizer_has_no_chat_caches(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no sentinels"):
         build_sft_cache([chat(1), chat(2)], tmp_path / "x", tokenizer=ByteTokenizer(), **OPTIONS)

@@ -69,6 +69,7 @@ def test_three_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ({"instruction": "a", "output": ["b"]}, "output must be a string, found a list"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant message"),
         ([GOOD], "expected a JSON object"),
+        ({"instruction": "a", "output": f"b {SPECIAL_TOKENS['eot']}"}, r"messages\[1\] spells a special token"),
     ],
 )
 def test_bad_lines_stop_or_are_counted(
@@ -98,6 +99,29 @@ def test_a_cache_is_built_from_any_form(tmp_path: Path, tiny_tokenizer: Sentence
     meta = build_sft(settings, tiny_tokenizer, "jsonl", root=tmp_path)
     assert (meta["train_examples"], meta["val_examples"]) == (18, 2)
     assert meta["forms"] == {"messages": 10, "instruction": 10} and sum(meta["dropped_lines"].values()) == 1
+
+
+def test_a_chat_that_no_cache_may_hold_is_out_before_the_split(
+    tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever of eleven lines is bad, one of the ten others is for validation, and the line is named."""
+    for bad in range(11):
+        lines = [{"instruction": f"say {n}", "output": f"{n}"} for n in range(11)]
+        lines[bad]["output"] += SPECIAL_TOKENS["usr"]
+        path = write(tmp_path / "mine.jsonl", *lines)
+        meta = build_sft(settings_for(path, skip_bad=True), tiny_tokenizer, "jsonl", root=tmp_path, strict=False)
+        assert (meta["train_examples"], meta["val_examples"]) == (9, 1)
+        said = capsys.readouterr().err
+        assert f"1 dropped, a message spells a special token ({path}: line {bad + 1})" in said and "warning" not in said
+    with pytest.raises(ValueError, match=rf"mine\.jsonl: line {bad + 1}: messages\[1\] spells a special token"):
+        build_sft(settings_for(path), tiny_tokenizer, "jsonl", root=tmp_path / "strict")
+
+
+def test_no_conversation_at_all_says_what_the_lines_are(tmp_path: Path, tiny_tokenizer: SentencePieceTokenizer) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b"caf\xe9\n{}\n")
+    with pytest.raises(ValueError, match=r"no conversation to train on: 2 lines; .*1 dropped, not UTF-8 .*line 1\)"):
+        build_sft(settings_for(path, skip_bad=True), tiny_tokenizer, "jsonl", root=tmp_path, strict=False)
 
 
 # Fuzz

@@ -239,3 +239,32 @@ def test_a_mix_is_read_by_its_shares() -> None:
     pytest.importorskip("chitchat_dataset")
     shares = {corpus.name: sum(len(text.encode()) for text in corpus) for corpus in mix_corpora(settings, 100_000)}
     assert 10_000 <= shares["primer"] < 11_000 and 90_000 <= shares["chitchat"] < 100_000
+
+
+# secrets
+
+
+def test_secrets_of_files_are_never_learned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A piece is text that was read: in spm.vocab, in spm.model, and in every checkpoint and export with it."""
+    for name, end in (("a.md", "\n"), ("b.md", "\r\n")):
+        lines = ["Rivers and lamps.", "write to secretmail@example.org", "password: zzhunterzz", ""]
+        (folder / name).write_bytes((end.join(lines) * 30).encode())
+    (folder / "c.md").write_text("Gardens and paper, nothing else. " * 20, encoding="utf-8")
+    glob = ("--input_glob", "?.md")
+    assert train(*glob, vocab=330) == 0
+    assert "masked 120 secrets (60 e-mail, 60 password)" in capsys.readouterr().out
+    learned = Path("out/spm.vocab").read_text(encoding="utf-8") + Path("out/spm.model").read_text("latin-1")
+    assert not any(part in learned for part in ("secret", "hunter", "zz"))
+    assert files.read_json("out/tokenizer_meta.json")["secrets"] == {"e-mail": 60, "password": 60}
+
+    files.write_json(folder / "keep.json", {"data": {"notes": {"secrets": "keep"}}})
+    assert train(*glob, "--config", "keep.json", vocab=350) == 0
+    assert "secrets" not in capsys.readouterr().out
+    assert "secretmail" in Path("out/spm.vocab").read_text(encoding="utf-8")
+
+    files.write_json(folder / "skip.json", {"data": {"notes": {"secrets": "skip"}}})
+    assert train(*glob, "--config", "skip.json", vocab=285) == 0
+    assert "left out 2 files with 120 secrets" in capsys.readouterr().out
+    assert files.read_json("out/tokenizer_meta.json")["input_files"] == ["c.md"]
+    assert train("--input_glob", "a.md", "--config", "skip.json") == 1
+    assert "every file has secrets in it" in capsys.readouterr().err

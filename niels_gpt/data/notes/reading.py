@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Sequence
+import stat
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
 APP_FOLDERS = (".git", ".obsidian", ".trash", "logseq/bak", "logseq/.recycle")  # settings, backups and deleted notes
 KINDS = {
@@ -59,39 +62,40 @@ def kind_of(path: Path) -> str:
 def find_files(root: str | Path, patterns: Sequence[str], setting: str, *, hidden: bool) -> list[Path]:
     """Files under `root` that match a pattern, each once, sorted; `hidden` includes those under names with a dot.
 
-    Links and the folders of `APP_FOLDERS` are left out.
+    Patterns are those of `glob`, in whatever case. Links and the folders of `APP_FOLDERS` are left out.
 
     Raises:
         FileNotFoundError: no such folder, or no such file in it; the text names `setting`, where the folder is set.
+        PermissionError: the folder itself cannot be read, or nothing in it.
     """
     root = Path(root)
-    found = {path for path in _matches(root, patterns, setting) if not path.is_symlink() and path.is_file()}
-    found = {path for path in found if not _in_app_folder(path.relative_to(root))}
-    if not hidden:
-        found = {path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)}
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}; put text files there or set {setting} to your folder")
+    found, skipped = _look(root, patterns, hidden)
+    unreadable = [one for one in skipped if one.reason == "unreadable"]
+    if not found and unreadable:
+        what = root / unreadable[0].name
+        raise PermissionError(f"{what} cannot be read ({unreadable[0].detail}); you need to be allowed to read {root}")
     if not found:
         shown = " or ".join(patterns)
         raise FileNotFoundError(f"{root} holds no files that match {shown}; add some or set {setting} to your folder")
-    return sorted(found)
+    return found
 
 
-def find_skipped(root: str | Path, patterns: Sequence[str], setting: str) -> list[Skipped]:
-    """What `find_files` left out though it is there: links, what the note apps keep, folders that cannot be read."""
-    root = Path(root)
-    skipped = []
-    for path in _matches(root, patterns, setting):
-        if not path.is_symlink() and _in_app_folder(path.relative_to(root)) and path.is_file():
-            skipped.append(Skipped(path.relative_to(root).as_posix(), "app folder"))
-        elif path.is_symlink() and not path.is_dir():
-            skipped.append(_link(root, path))
+def find_skipped(root: str | Path, patterns: Sequence[str]) -> list[Skipped]:
+    """What `find_files` left out though it is there: links, what the note apps keep, what cannot be read."""
+    return _look(Path(root), patterns, hidden=True)[1]
 
-    def unreadable(error: OSError) -> None:
-        name = Path(error.filename).relative_to(root).as_posix() if error.filename else ""
-        skipped.append(Skipped(name, "unreadable", error.strerror or ""))
 
-    for folder, names, _ in os.walk(root, onerror=unreadable):
-        skipped += [_link(root, Path(folder) / name) for name in names if (Path(folder) / name).is_symlink()]
-    return sorted(set(skipped), key=lambda one: one.name)
+def find_others(root: Path, read: Iterable[Path]) -> Counter[str]:
+    """How many files of a kind that could be read, by suffix, are not among those that were."""
+    found = set(_look(root, ["**/*"], hidden=False)[0]) - set(read)
+    return Counter(suffix for path in found if (suffix := path.suffix.lower()) in {*KINDS, ".txt"})
+
+
+def shown_name(root: Path, path: Path) -> str:
+    """The path under `root` for people and JSON: what is not UTF-8 in it becomes `?`."""
+    return path.relative_to(root).as_posix().encode("utf-8", "replace").decode()
 
 
 def read_file(path: Path, max_bytes: int) -> Content:
@@ -119,10 +123,44 @@ def read_file(path: Path, max_bytes: int) -> Content:
     return Content(text, encoding="" if encoding.startswith("utf-8") else encoding.upper(), size=len(raw))
 
 
-def _matches(root: Path, patterns: Sequence[str], setting: str) -> set[Path]:
-    if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}; put text files there or set {setting} to your folder")
-    return {path for pattern in patterns for path in root.glob(pattern)}
+def _look(root: Path, patterns: Sequence[str], hidden: bool) -> tuple[list[Path], list[Skipped]]:
+    """(files to read, what else matches or cannot be looked into), both sorted."""
+    wanted = [PurePosixPath(pattern.lower()).parts for pattern in patterns]
+    found: list[Path] = []
+    skipped: list[Skipped] = []
+
+    def unreadable(error: OSError) -> None:
+        path = Path(os.fsdecode(error.filename)) if error.filename else root
+        skipped.append(Skipped(shown_name(root, path), "unreadable", error.strerror or ""))
+
+    for folder, folders, names in os.walk(root, onerror=unreadable):
+        skipped += [_link(root, Path(folder, name)) for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in names:
+            path = Path(folder, name)
+            relative = path.relative_to(root)
+            if not any(_fits(relative.as_posix().lower().split("/"), parts) for parts in wanted):
+                continue
+            try:
+                mode = path.lstat().st_mode
+            except OSError as error:  # a folder that may be listed but not entered
+                unreadable(error)
+                continue
+            if stat.S_ISLNK(mode):
+                skipped.append(_link(root, path))
+            elif stat.S_ISREG(mode) and _in_app_folder(relative):
+                skipped.append(Skipped(shown_name(root, path), "app folder"))
+            elif stat.S_ISREG(mode) and (hidden or not any(part.startswith(".") for part in relative.parts)):
+                found.append(path)
+    return sorted(found), sorted(skipped, key=lambda one: one.name)
+
+
+def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path matches a pattern, both divided at their slashes; `**` is any number of folders."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return any(_fits(names[n:], pattern[1:]) for n in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
 
 
 def _in_app_folder(relative: Path) -> bool:
@@ -131,11 +169,13 @@ def _in_app_folder(relative: Path) -> bool:
 
 
 def _link(root: Path, path: Path) -> Skipped:
-    name = path.relative_to(root).as_posix()
+    name = shown_name(root, path)
     try:
         target = path.resolve(strict=True)
     except FileNotFoundError:
         return Skipped(name, "link", "leads nowhere")
+    except PermissionError:
+        return Skipped(name, "link", "leads to a place that cannot be read")
     except (OSError, RuntimeError):  # RuntimeError: how Python before 3.13 says that a link loops
         return Skipped(name, "link", "loops")
     if target.is_dir() and path.parent.resolve().is_relative_to(target):

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from niels_gpt.data.notes.reading import KINDS
+from niels_gpt.data.notes.reading import find_others
 from niels_gpt.data.notes.vault import Vault
 
 BYTES_PER_TOKEN = 4.0  # of English with a subword tokenizer, where nothing better is known
@@ -36,7 +36,7 @@ def make_report(
         "kept": amount(vault.kept),
         "dropped": {reason: dropped[reason] for reason in sorted(dropped)},
         "skipped": [{"name": one.name, "reason": one.reason, "detail": one.detail} for one in vault.skipped],
-        "other_files": _other_files(vault),
+        "other_files": dict(sorted(find_others(vault.root, vault.paths).items())),
         "decoded": {note.name: note.encoding for note in vault.notes if note.encoding},
         "secrets": dict(sorted(secrets.items())),
         "secrets_by_file": {note.name: note.secrets for note in vault.notes if note.secrets},
@@ -69,21 +69,3 @@ def remarks(report: dict[str, Any], source: str) -> list[str]:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _other_files(vault: Vault) -> dict[str, int]:
-    """How many files of a kind that could be read did not match the patterns, by suffix."""
-    known = {*KINDS, ".txt"}
-    read = {note.name.partition("#")[0] for note in vault.notes} | {one.name for one in vault.skipped}
-    others = (path for path in vault.root.rglob("*") if path.suffix.lower() in known)
-    return dict(
-        sorted(
-            Counter(
-                path.suffix.lower()
-                for path in others
-                if path.relative_to(vault.root).as_posix() not in read
-                and not any(part.startswith(".") for part in path.relative_to(vault.root).parts)
-                and path.is_file()
-            ).items()
-        )
-    )

@@ -8,6 +8,7 @@ dates, ISBNs, years, colours, versions and sums are not secrets.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import NamedTuple, cast
@@ -39,6 +40,7 @@ _PASSWORD = re.compile(
 )
 _RANDOM = re.compile(r"(?<![\w/+=.-])[A-Za-z0-9_+-]{24,512}={0,2}(?![\w/+.-])")
 _RANDOM_BITS = ((32, 4.5), (24, 4.2))  # entropy a character from a length on: random letters have more, names less
+_ESCAPED = re.compile(r"\\_")
 _EMAIL = re.compile(
     r"(?<![\w.+-])(?!git@)[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?\.){1,8}"
     r"[A-Za-z]{2,24}(?![\w-])"
@@ -76,7 +78,16 @@ def mask(text: str, region: str | None) -> tuple[str, dict[str, int]]:
 
 
 def find(text: str, region: str | None) -> list[Found]:
-    """The secrets of a text in order. Where two overlap they are one, of the kind that comes first in `_ALL`."""
+    """The secrets of a text in order, also those whose underscores Markdown has escaped (`anna\\_k@example.org`)."""
+    escaped = [match.start() - n for n, match in enumerate(_ESCAPED.finditer(text))]  # where they are without the \\
+    return [
+        Found(start + bisect_left(escaped, start), end + bisect_left(escaped, end), kind)
+        for start, end, kind in _find(text.replace(r"\_", "_") if escaped else text, region)
+    ]
+
+
+def _find(text: str, region: str | None) -> list[Found]:
+    """Where two overlap they are one, of the kind that comes first in `_ALL`."""
     spans = [(*span, 0) for span in _private_keys(text)]
     start = 0
     for line in text.splitlines(keepends=True):

@@ -23,12 +23,12 @@ from niels_gpt.data.notes.duplicates import find_duplicates
 from niels_gpt.data.notes.formats import documents_of
 from niels_gpt.data.notes.markdown import find_blocks
 from niels_gpt.data.notes.overlap import fingerprints, link
-from niels_gpt.data.notes.reading import Skipped, find_files, find_skipped, kind_of, read_file
+from niels_gpt.data.notes.reading import Skipped, find_files, find_skipped, kind_of, read_file, shown_name
 from niels_gpt.data.notes.secrets import mask
 from niels_gpt.settings import NotesSettings
 from niels_gpt.special_tokens import SPECIAL_TOKENS
 
-RULES = 1  # raise it when the same files must give other texts than before
+RULES = 2  # raise it when the same files must give other texts than before
 Progress = Callable[[str, int, int], None]  # what is being done, done so far, of how many
 _IN_MEMORY = 64 << 20  # bytes of cleaned text before it goes to disk
 
@@ -55,6 +55,7 @@ class Vault:
         self.root = root
         self.settings = settings
         self.notes: list[Note] = []
+        self.paths: list[Path] = []  # of the files that were read
         self.skipped: list[Skipped] = []
         self.files: Counter[str] = Counter()  # by kind
         self.group: list[int] = []  # of every note: the first note that it shares a passage with, itself if none
@@ -90,13 +91,14 @@ def scan(
     """Read a whole folder of notes.
 
     Raises:
-        FileNotFoundError: no such folder or no such files in it; the text names `setting`. Nothing about a single file
-            is an error: what cannot be used is in the vault with its reason.
+        FileNotFoundError: no such folder or no such files in it; the text names `setting`.
+        PermissionError: the folder cannot be read. Nothing about a single file or folder in it is an error: what cannot
+            be used is in the vault with its reason.
     """
     say = progress or (lambda what, done, total: None)
     vault = Vault(Path(root), settings)
-    paths = find_files(root, patterns, setting, hidden=hidden)
-    vault.skipped = find_skipped(root, patterns, setting)
+    paths = vault.paths = find_files(root, patterns, setting, hidden=hidden)
+    vault.skipped = find_skipped(root, patterns)
     blocks = _blocks(paths, settings) if settings.clean else {}
     for done, path in enumerate(paths, start=1):
         for note, text in _read(path, vault.root, settings, blocks):
@@ -120,8 +122,7 @@ def _blocks(paths: Sequence[Path], settings: NotesSettings) -> dict[str, str]:
 
 
 def _read(path: Path, root: Path, settings: NotesSettings, blocks: dict[str, str]) -> Iterator[tuple[Note, str]]:
-    name, kind = path.relative_to(root).as_posix(), kind_of(path)
-    name = name.encode("utf-8", "replace").decode()
+    name, kind = shown_name(root, path), kind_of(path)
     content = read_file(path, settings.max_file_bytes)
     if content.reason:
         yield Note(name, kind, content.reason, content.detail), ""

@@ -166,3 +166,11 @@ def test_hostile_text_takes_time_in_proportion(piece: str) -> None:
     started = time.monotonic()
     mask(piece * (100_000 // len(piece)), "US")
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("kind", ["key", "e-mail"])
+def test_underscores_escaped_in_markdown_hide_nothing(kind: str) -> None:
+    for secret in [*SECRETS[kind], "_".join(("sk-proj-" + drawn(30), drawn(20)))] if kind == "key" else SECRETS[kind]:
+        written = secret.replace("_", r"\_")
+        text = rf"so\_it is: {written} \_and more\_\_of it"
+        assert mask(text, "US") == (rf"so\_it is: [{kind}] \_and more\_\_of it", {kind: 1})

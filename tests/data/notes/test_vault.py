@@ -20,11 +20,10 @@ from hypothesis import strategies as st
 from niels_gpt.cache.pretrain import build_pretrain
 from niels_gpt.data import roam, text
 from niels_gpt.data.notes import vault as vaults
-from niels_gpt.data.notes.report import make_report, remarks
+from niels_gpt.data.notes.report import make_report
 from niels_gpt.data.notes.source import open_notes
 from niels_gpt.data.notes.vault import Vault
 from niels_gpt.settings import Settings, validate_overrides
-from niels_gpt.special_tokens import SPECIAL_TOKENS
 from niels_gpt.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 from tests.data.notes.planted import CARD, KEYS, MAIL, PHONE, QUOTE, TRUTH, plant
 
@@ -177,64 +176,6 @@ def test_groups_are_never_divided(names: list[int], n_val: int, rng: random.Rand
     alone = roam.split_groups(order, min(n_val, len(order)), list(range(len(order))))
     wanted = max(n_val, 1) if len(order) > 1 else 0
     assert alone == (order[wanted:], order[:wanted])
-
-
-def test_what_cannot_be_read_is_reported_and_the_rest_is_used(tmp_path: Path) -> None:
-    (tmp_path / "good.md").write_text("All is well in this one.")
-    (tmp_path / "latin.md").write_bytes("café".encode("latin-1"))
-    (tmp_path / "binary.md").write_bytes(b"a\0b")
-    (tmp_path / "blank.md").write_text(" \n\t\n")
-    (tmp_path / "markup.md").write_text("![[picture.png]]\n%% hidden %%")
-    (tmp_path / "half.md").write_bytes(b"\xff\xfea")
-    (tmp_path / "big.md").write_text("x" * 200)
-    (tmp_path / "control.md").write_text(f"this is {SPECIAL_TOKENS['sys']} indeed")
-    (tmp_path / "outside.md").symlink_to("/etc/hostname")
-    (tmp_path / "nowhere.md").symlink_to("gone.md")
-    (tmp_path / "self.md").symlink_to("self.md")
-    (tmp_path / "same.md").symlink_to("good.md")
-    for folder in (".obsidian", ".trash", "logseq/bak"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "old.md").write_text("thrown away")
-    (tmp_path / "more.txt").write_text("not markdown")
-    report, _ = report_on(settings_for(tmp_path, max_file_bytes=150))
-    assert {reason: {one["name"]: one["detail"] for one in found} for reason, found in report["dropped"].items()} == {
-        "not UTF-8": {"latin.md": "byte 3"},
-        "not UTF-16": {"half.md": "byte 2"},
-        "binary": {"binary.md": ""},
-        "empty": {"blank.md": ""},
-        "no text": {"markup.md": ""},
-        "too big": {"big.md": "over data.notes.max_file_bytes = 150"},
-    }
-    assert {one["name"]: one["detail"] or one["reason"] for one in report["skipped"]} == {
-        "outside.md": "leads out of the folder",
-        "nowhere.md": "leads nowhere",
-        "self.md": "loops",
-        "same.md": "leads to another place in the folder",
-        ".obsidian/old.md": "app folder",
-        ".trash/old.md": "app folder",
-        "logseq/bak/old.md": "app folder",
-    }
-    assert report["kept"]["documents"] == 2 and report["other_files"] == {".txt": 1}
-    said = remarks(report, "roam")
-    assert any("control.md spells a special token" in remark for remark in said)
-    assert any("--source text" in remark for remark in said)
-
-
-def test_a_file_that_vanishes_or_may_not_be_read_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a.md", "b.md", "c.md"):
-        (tmp_path / name).write_text(f"text of {name}")
-    found = vaults.find_files
-
-    def find_then_lose(*args: Any, **options: Any) -> list[Path]:
-        paths = found(*args, **options)
-        (tmp_path / "a.md").unlink(missing_ok=True)
-        (tmp_path / "b.md").unlink(missing_ok=True)
-        (tmp_path / "b.md").mkdir(exist_ok=True)  # to open a folder fails for root as well
-        return paths
-
-    monkeypatch.setattr(vaults, "find_files", find_then_lose)
-    vault = vaults.scan(tmp_path, ["*.md"], settings_for(tmp_path).data.notes, setting="here", hidden=True)
-    assert [note.reason for note in vault.notes] == ["vanished", "unreadable", ""]
 
 
 def test_a_vault_is_read_once_until_a_file_changes(tmp_path: Path) -> None:
