@@ -81,6 +81,11 @@ def _publishing(out: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a folder to fill, which becomes `out`; an export that is there already is replaced only if asked for."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder")
+    if Path(os.path.realpath(os.curdir)).is_relative_to(os.path.realpath(out)):
+        raise ValueError(
+            f"{out} is or holds the folder that you are in, and an export takes the place of what is there; "
+            f"name a new folder, such as {out / 'niels-gpt-export'}"
+        )
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise ValueError(f"{out} is there already; choose another name, or pass --overwrite")

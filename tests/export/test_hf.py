@@ -200,6 +200,16 @@ def test_what_is_there_is_left_alone(exported, tmp_path, capsys):
     assert "model.safetensors" in names_in(out) and names_in(tmp_path) == ["out"]
 
 
+def test_an_export_into_the_folder_that_one_is_in_is_refused(exported, tmp_path, monkeypatch, capsys):
+    checkpoint = str(exported("new").folder.with_suffix(".pt"))
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    for out, other in ((".", "niels-gpt-export"), ("..", "../niels-gpt-export"), ("../a", "../a/niels-gpt-export")):
+        assert main(["export", "hf", "--ckpt", checkpoint, "--out", out, "--overwrite"]) == 1
+        assert f"such as {other}\n" in capsys.readouterr().err
+    assert names_in(tmp_path) == ["a"] and names_in(tmp_path / "a") == []
+
+
 def test_ctrl_c_leaves_an_earlier_export_and_says_so(exported, tmp_path, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
