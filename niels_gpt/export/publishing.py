@@ -79,6 +79,18 @@ def _file_name(dtype: str) -> str:
 @contextmanager
 def _publishing(out: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a folder to fill, which becomes `out`; an export that is there already is replaced only if asked for."""
+    _check_target(out, overwrite)
+    with replacing_folder(out) as folder:
+        _check_target(out, overwrite)  # another export may have taken the name while this one waited
+        yield folder
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with open(path, "rb+" if os.name == "nt" else "rb") as file:
+                    os.fsync(file.fileno())
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    """ValueError unless `out` is free, or an earlier export that may be replaced."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder")
     if Path(os.path.realpath(os.curdir)).is_relative_to(os.path.realpath(out)):
@@ -91,12 +103,6 @@ def _publishing(out: Path, overwrite: bool) -> Iterator[Path]:
             raise ValueError(f"{out} is there already; choose another name, or pass --overwrite")
         if not (out / RECORD).is_file():
             raise ValueError(f"{out} holds something other than an export (no {RECORD}); it is left alone")
-    with replacing_folder(out) as folder:
-        yield folder
-        for path in folder.rglob("*"):
-            if path.is_file():
-                with open(path, "rb+" if os.name == "nt" else "rb") as file:
-                    os.fsync(file.fileno())
 
 
 def _record(folder: Path, loaded: LoadedModel, facts: dict[str, Any]) -> None:
