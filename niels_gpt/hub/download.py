@@ -31,15 +31,18 @@ def download_checkpoint(
 
     With a subword model that does not carry its tokenizer comes the tokenizer, if its repository has it and it is not
     there yet: a download that was stopped between the two has only the first.
-    Raises HubError, OSError, or ValueError where the file is no checkpoint; then nothing is there under its name.
+    Raises HubError, OSError, or ValueError where the file is no checkpoint; what came is then not kept, and what was
+    there stays.
     """
     folder = paths.CHECKPOINT_DIR if out is None else out
     target = folder / PurePosixPath(file).name
     if target.exists():
-        note(f"{target} is there already and is not downloaded again; to have it anew, move it away")
         if not is_good(target):
-            note(f"warning: {target} is not a sound checkpoint")
-            return target
+            raise ValueError(
+                f"{target} is there already and is not a sound checkpoint; nothing was downloaded: to have it anew, "
+                "move it away"
+            )
+        note(f"{target} is there already and is not downloaded again; to have it anew, move it away")
         try:
             _bring_tokenizer(target, repo, revision)
         except HubError as error:  # the model is here; its tokenizer may lie where its settings say

@@ -40,7 +40,8 @@ def test_the_published_file_arrives_and_chats(here: Here, faulty: list[Fault], h
     assert hub.requests == asked and here.best.stat().st_mtime_ns == before  # there already: the hub is not asked
     assert "is there already and is not downloaded again" in here.said and "warning" not in here.said
     here.best.write_bytes(b"mine")
-    assert here.download() == 0 and here.best.read_bytes() == b"mine" and "not a sound checkpoint" in here.said
+    assert here.download() == 1 and here.best.read_bytes() == b"mine" and "talk to it" not in here.said
+    assert "not a sound checkpoint" in here.error() and "move it away" in here.error() and hub.requests == asked
 
 
 def test_other_names_and_revisions(here: Here, hub: LoopbackHub, faulty: list[Fault]) -> None:
