@@ -18,7 +18,7 @@ from niels_gpt.checkpoint.weights import check_weights, model_config_of
 from niels_gpt.command import exit_status
 from niels_gpt.config import V1
 from niels_gpt.data.hub_errors import HubError
-from niels_gpt.hub.fetch import DEFAULT_REPO, NotThere, fetch, locate
+from niels_gpt.hub.fetch import DEFAULT_REPO, NotThere, fetch, locate, repo_id
 from niels_gpt.tokenizer import load_tokenizer
 
 DEFAULT_FILE = "best.pt"
@@ -102,7 +102,13 @@ def main(argv: list[str] | None = None) -> int:
         prog="niels-gpt download", description="Download a checkpoint from the Hugging Face hub.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--repo", default=DEFAULT_REPO, metavar="OWNER/NAME", help="model repository (default: %(default)s)")
+    add(
+        "--repo",
+        type=repo_id,
+        default=DEFAULT_REPO,
+        metavar="OWNER/NAME",
+        help="model repository (default: %(default)s)",
+    )
     add("--file", default=DEFAULT_FILE, metavar="PATH", help="file in it (default: %(default)s)")
     add("--revision", metavar="NAME", help="branch, tag or commit (default: main)")
     add("--out", type=Path, metavar="DIR", help=f"folder to put it in (default: {paths.CHECKPOINT_DIR})")
