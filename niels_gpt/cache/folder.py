@@ -18,6 +18,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -41,6 +42,7 @@ def locked(target: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        _check_can_hold_files(path)
         with suppress(OSError):
             who = path.read_text().strip() or "another process"
             print(f"{target} is being built by {who}; waiting until it is done", file=sys.stderr, flush=True)
@@ -55,6 +57,17 @@ def locked(target: Path) -> Iterator[None]:
             with suppress(OSError):  # who waits for an unlinked lock notices, and locks the new file
                 path.unlink()
         lock.release()
+
+
+def _check_can_hold_files(lock: Path) -> None:
+    """OSError if no file can be made beside a lock that is not there: the lock's library would try again for ever."""
+    if lock.exists():
+        return
+    try:
+        with tempfile.TemporaryFile(dir=lock.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, "no files can be made in this folder", str(lock.parent)) from None
 
 
 @contextmanager

@@ -159,6 +159,13 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path, stale_lin
     assert link.is_symlink() and [path.name for path in link.iterdir()] == [LAST_FILE]
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which nobody can make files")
+def test_where_no_files_can_be_made_nobody_waits_for_ever() -> None:
+    code = "from pathlib import Path; from niels_gpt.cache.folder import locked\nwith locked(Path('/proc/x')): pass"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "no files can be made in this folder: '/proc'" in done.stderr
+
+
 def test_a_second_builder_says_who_builds_and_waits(tmp_path: Path) -> None:
     target = tmp_path / "x"
     code = (
