@@ -8,6 +8,8 @@ A folder cannot be renamed onto a folder that has files in it, so a swap takes t
 
 If the target is missing while `.NAME.old` and a finished `.NAME.new` are there, `.NAME.new` is the folder to read, and
 the next build finishes the swap. One process builds at a time: `.NAME.lock` is held meanwhile, and says who holds it.
+
+A target that is a symbolic link stays one: all of this happens where it leads to.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -32,12 +35,14 @@ JOURNAL = "journal.json"
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Be the only process that builds `target`; waits, and says for whom, while another one does."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    path = target.with_name(f".{target.name}.lock")
+    place = _place(target)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    path = place.with_name(f".{place.name}.lock")
     lock = FileLock(path, is_singleton=True, thread_local=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        _check_can_hold_files(path)
         with suppress(OSError):
             who = path.read_text().strip() or "another process"
             print(f"{target} is being built by {who}; waiting until it is done", file=sys.stderr, flush=True)
@@ -54,6 +59,17 @@ def locked(target: Path) -> Iterator[None]:
         lock.release()
 
 
+def _check_can_hold_files(lock: Path) -> None:
+    """OSError if no file can be made beside a lock that is not there: the lock's library would try again for ever."""
+    if lock.exists():
+        return
+    try:
+        with tempfile.TemporaryFile(dir=lock.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, "no files can be made in this folder", str(lock.parent)) from None
+
+
 @contextmanager
 def replacing_folder(target: Path, *, resume: bool = False) -> Iterator[Path]:
     """Yield a folder to fill, which becomes `target` when the block ends well; otherwise it is removed.
@@ -63,21 +79,22 @@ def replacing_folder(target: Path, *, resume: bool = False) -> Iterator[Path]:
     """
     with locked(target):
         sweep_folder(target, resume=resume)
-        new, old = _beside(target)
+        place = _place(target)
+        new, old = _beside(place)
         new.mkdir(exist_ok=True)
         try:
             yield new
             for folder, _, _ in os.walk(new):
                 fsync_folder(Path(folder))
-            if target.is_dir():
-                target.rename(old)
+            if place.is_dir():
+                place.rename(old)
             try:
-                new.rename(target)
+                new.rename(place)
             except OSError:
                 if old.exists():
-                    old.rename(target)
+                    old.rename(place)
                 raise
-            fsync_folder(target.parent)
+            fsync_folder(place.parent)
             sweep_folder(target)
         except BaseException as error:
             if not resume or isinstance(error, ValueError) or not (new / JOURNAL).is_file():
@@ -87,7 +104,7 @@ def replacing_folder(target: Path, *, resume: bool = False) -> Iterator[Path]:
 
 def whole_folder(target: Path) -> Path:
     """Where the content of `target` is: itself, or the new folder of a swap that was killed between its two renames."""
-    new, old = _beside(target)
+    new, old = _beside(_place(target))
     return new if not target.is_dir() and old.is_dir() and (new / LAST_FILE).is_file() else target
 
 
@@ -97,15 +114,30 @@ def sweep_folder(target: Path, *, resume: bool = False) -> None:
 
     Only for the process that holds the lock.
     """
-    new, old = _beside(target)
-    if whole_folder(target) == new:
-        new.rename(target)
-        fsync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    place = _place(target)
+    new, old = _beside(place)
+    if whole_folder(place) == new:
+        new.rename(place)
+        fsync_folder(place.parent)
+    _remove(old)
     if not resume or not (new / JOURNAL).is_file():
-        shutil.rmtree(new, ignore_errors=True)
-    (target / JOURNAL).unlink(missing_ok=True)
+        _remove(new)
+    (place / JOURNAL).unlink(missing_ok=True)
+    if (left := _beside(target.absolute())[1]).is_symlink():  # an earlier version moved the target itself, a link
+        left.unlink()
 
 
-def _beside(target: Path) -> tuple[Path, Path]:
-    return target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+def _place(target: Path) -> Path:
+    """Where the target's files are: a link on the way, or the target itself, may lead to another disk."""
+    return Path(os.path.realpath(target))
+
+
+def _beside(place: Path) -> tuple[Path, Path]:
+    return place.with_name(f".{place.name}.new"), place.with_name(f".{place.name}.old")
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():  # rmtree refuses links, and what one leads to is not ours
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)

@@ -38,7 +38,8 @@ def import_hf(folder: Path, out: Path) -> Imported:
     model.load_state_dict(found.state)
     with quiet_transformers():
         theirs = load_with_transformers("AutoModelForCausalLM", folder, dtype=torch.float32).eval()
-        same_logits(model, lambda ids: theirs(ids).logits)
+        named = f"{folder} was not imported: the logits of transformers and of the model made here"
+        same_logits(model, lambda ids: theirs(ids).logits, named=named)
     meta = {"tokenizer_sha256": found.tokenizer_sha256, "phase": None, "run_id": None}
     save_checkpoint(
         out,

@@ -7,6 +7,7 @@ head that equals the embedding, 16-bit weights.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from niels_gpt.tokenizer import SentencePieceTokenizer
 
 Json = dict[str, Any]
 _COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_IGNORED = ("rotary_emb.inv_freq", "attention.bias", "masked_bias")  # no weights: computed again when a model is loaded
 _PLAIN = Architecture(norm_type="rmsnorm", mlp_type="swiglu", mlp_bias=False, qk_norm=False)
 
 
@@ -51,7 +53,7 @@ def read_hf(folder: Path) -> Imported:
     reasons = unsupported(config)
     if reasons:
         raise ValueError(f"{folder} cannot become a checkpoint: " + "; ".join(reasons))
-    state = {name.removeprefix("_orig_mod."): tensor.float() for name, tensor in _weights(folder).items()}
+    state = _in_float32(folder, _weights(folder))
     arch = _architecture(config)
     cfg = _model_config(config)
     notes = _tie_head(state, config)
@@ -69,9 +71,8 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
     kind = config.get("model_type")
     if kind not in (names.LLAMA, names.QWEN3, names.NEOX):
         return [f"model_type {kind!r} is not supported (llama, qwen3 and gpt_neox are)"]
-    counts = ("vocab_size", "max_position_embeddings", *_COUNTS)
-    if wrong := [name for name in counts if not isinstance(config.get(name), int) or config[name] < 1]:
-        return [f"its config.json has no whole number for {', '.join(wrong)}"]
+    if impossible := _impossible(config):
+        return impossible
     rope = _rope(config)
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     wanted: list[tuple[str, Any, Any]] = [
@@ -99,14 +100,48 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
     return [f"{name} is {found!r}, this model has {ours!r}" for name, found, ours in wanted if found != ours]
 
 
+def _impossible(config: Mapping[str, Any]) -> list[str]:
+    """Values of a `config.json` that no model can have: not of their type, or not fitting each other."""
+    counts = ("vocab_size", "max_position_embeddings", *_COUNTS)
+    if wrong := [name for name in counts if not _is_count(config.get(name))]:
+        return [f"its config.json has no whole number for {', '.join(wrong)}"]
+    said = []
+    width, heads, shared = config["hidden_size"], config["num_attention_heads"], _kv_heads(config)
+    if width % heads:
+        said.append(f"hidden_size is {width}, which must be a multiple of num_attention_heads, {heads}")
+    if not _is_count(shared) or heads % shared:
+        said.append(f"num_key_value_heads is {json.dumps(shared)}, which must divide num_attention_heads, {heads}")
+    if no_objects := [
+        name for name in ("rope_parameters", "rope_scaling") if not isinstance(config.get(name) or {}, dict)
+    ]:
+        said += [f"{name} is {json.dumps(config[name])}, which must be an object, or null" for name in no_objects]
+    else:
+        name, base = _rope_base(config)
+        if isinstance(base, bool) or not isinstance(base, (int, float)) or not 0 < base <= sys.float_info.max:
+            said.append(f"{name} is {json.dumps(base)}, which must be a number above 0")
+    return [f"in its config.json {'; '.join(said)}"] if said else []
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _rope(config: Mapping[str, Any]) -> Json:
     return dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
 
 
-def _rotated(config: Mapping[str, Any], rope: Json) -> float:
+def _rope_base(config: Mapping[str, Any]) -> tuple[str, Any]:
+    """The base of the rotary wavelengths, and the key that it is under."""
+    for name, holder in (("rope_theta", _rope(config)), ("rope_theta", config), ("rotary_emb_base", config)):
+        if name in holder:
+            return name, holder[name]
+    return "rope_theta", 10000.0
+
+
+def _rotated(config: Mapping[str, Any], rope: Json) -> Any:
     if config["model_type"] == names.NEOX:
-        return float(rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25)))
-    return float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))
+        return rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
+    return rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
@@ -118,7 +153,6 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def _model_config(config: Mapping[str, Any]) -> ModelConfig:
-    base = _rope(config).get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", 10000.0)))
     return ModelConfig(
         V=config["vocab_size"],
         T=config["max_position_embeddings"],
@@ -127,12 +161,13 @@ def _model_config(config: Mapping[str, Any]) -> ModelConfig:
         H=config["num_attention_heads"],
         d_ff=config["intermediate_size"],
         dropout=0.0,
-        rope_theta=float(base),
+        rope_theta=float(_rope_base(config)[1]),
     )
 
 
-def _kv_heads(config: Mapping[str, Any]) -> int:
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+def _kv_heads(config: Mapping[str, Any]) -> Any:
+    shared = config.get("num_key_value_heads")
+    return config["num_attention_heads"] if shared is None else shared
 
 
 def _weights(folder: Path) -> names.State:
@@ -149,6 +184,22 @@ def _weights(folder: Path) -> names.State:
         except Exception as error:  # safetensors has its own error type for a damaged file
             raise ValueError(f"{folder / name} cannot be read: {error}") from None
     return found
+
+
+def _in_float32(folder: Path, found: names.State) -> names.State:
+    """The weights; ValueError names one that is of whole numbers, as quantised weights are, or not finite."""
+    state, no = {}, f"{folder} cannot become a checkpoint"
+    for name, tensor in found.items():
+        if name.endswith(_IGNORED):
+            continue
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{no}: its weights {name} are of type {kind}: quantised weights are not supported")
+        weights = tensor.float()
+        if not weights.isfinite().all():
+            raise ValueError(f"{no}: its weights {name} hold NaN or infinity; they are damaged, or training failed")
+        state[name.removeprefix("_orig_mod.")] = weights
+    return state
 
 
 def _shards(index: Path) -> list[str]:
@@ -182,8 +233,7 @@ def _ungroup(state: names.State, cfg: ModelConfig, shared: int) -> None:
 def _check_names(state: names.State, cfg: ModelConfig, arch: Architecture) -> None:
     with torch.device("meta"):
         expected = names.to_hf(GPT(cfg, arch).state_dict(), cfg, arch)
-    ignored = {name for name in state if name.endswith(("rotary_emb.inv_freq", "attention.bias", "masked_bias"))}
-    missing, extra = set(expected) - set(state), set(state) - set(expected) - ignored
+    missing, extra = set(expected) - set(state), set(state) - set(expected)
     if missing or extra:
         said = [f"lacks {', '.join(sorted(missing)[:4])}"] if missing else []
         said += [f"holds the unexpected {', '.join(sorted(extra)[:4])}"] if extra else []

@@ -79,19 +79,30 @@ def _file_name(dtype: str) -> str:
 @contextmanager
 def _publishing(out: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a folder to fill, which becomes `out`; an export that is there already is replaced only if asked for."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{out} is there already; choose another name, or pass --overwrite")
-        if not (out / RECORD).is_file():
-            raise ValueError(f"{out} holds something other than an export (no {RECORD}); it is left alone")
+    _check_target(out, overwrite)
     with replacing_folder(out) as folder:
+        _check_target(out, overwrite)  # another export may have taken the name while this one waited
         yield folder
         for path in folder.rglob("*"):
             if path.is_file():
                 with open(path, "rb+" if os.name == "nt" else "rb") as file:
                     os.fsync(file.fileno())
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    """ValueError unless `out` is free, or an earlier export that may be replaced."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder")
+    if Path(os.path.realpath(os.curdir)).is_relative_to(os.path.realpath(out)):
+        raise ValueError(
+            f"{out} is or holds the folder that you are in, and an export takes the place of what is there; "
+            f"name a new folder, such as {out / 'niels-gpt-export'}"
+        )
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{out} is there already; choose another name, or pass --overwrite")
+        if not (out / RECORD).is_file():
+            raise ValueError(f"{out} holds something other than an export (no {RECORD}); it is left alone")
 
 
 def _record(folder: Path, loaded: LoadedModel, facts: dict[str, Any]) -> None:

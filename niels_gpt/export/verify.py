@@ -72,17 +72,26 @@ def as_stored(loaded: LoadedModel, dtype: str) -> GPT:
 
 
 @torch.no_grad()
-def same_logits(ours: GPT, theirs: Callable[[Tensor], Tensor], tolerance: float = TOLERANCE) -> float:
-    """Compare logits on rows of random ids, which fill the context; returns the largest difference."""
+def same_logits(
+    ours: GPT,
+    theirs: Callable[[Tensor], Tensor],
+    tolerance: float = TOLERANCE,
+    *,
+    named: str = "the export's logits",
+) -> float:
+    """Compare logits on rows of random ids, which fill the context; returns the largest difference.
+
+    named: what an error calls the logits of `theirs`.
+    """
     ids = samples.rows(ours.cfg)
     worst = 0.0
     for row in ids.split(1):
         expected, found = ours(row), theirs(row).float()
         if found.shape != expected.shape:
-            raise ValueError(f"the export's logits have shape {tuple(found.shape)}, ours {tuple(expected.shape)}")
+            raise ValueError(f"{named} have shape {tuple(found.shape)}, ours {tuple(expected.shape)}")
         difference = float((found - expected).abs().max())
         if not difference <= tolerance:  # NaN included
-            raise ValueError(f"the export's logits differ by {difference:.2g}, more than {tolerance:g}")
+            raise ValueError(f"{named} differ by {difference:.2g}, more than {tolerance:g}")
         worst = max(worst, difference)
     return worst
 

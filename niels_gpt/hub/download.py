@@ -18,7 +18,7 @@ from niels_gpt.checkpoint.weights import check_weights, model_config_of
 from niels_gpt.command import exit_status
 from niels_gpt.config import V1
 from niels_gpt.data.hub_errors import HubError
-from niels_gpt.hub.fetch import DEFAULT_REPO, NotThere, fetch, locate
+from niels_gpt.hub.fetch import DEFAULT_REPO, NotThere, fetch, locate, repo_id
 from niels_gpt.tokenizer import load_tokenizer
 
 DEFAULT_FILE = "best.pt"
@@ -31,15 +31,18 @@ def download_checkpoint(
 
     With a subword model that does not carry its tokenizer comes the tokenizer, if its repository has it and it is not
     there yet: a download that was stopped between the two has only the first.
-    Raises HubError, OSError, or ValueError where the file is no checkpoint; then nothing is there under its name.
+    Raises HubError, OSError, or ValueError where the file is no checkpoint; what came is then not kept, and what was
+    there stays.
     """
     folder = paths.CHECKPOINT_DIR if out is None else out
     target = folder / PurePosixPath(file).name
     if target.exists():
-        note(f"{target} is there already and is not downloaded again; to have it anew, move it away")
         if not is_good(target):
-            note(f"warning: {target} is not a sound checkpoint")
-            return target
+            raise ValueError(
+                f"{target} is there already and is not a sound checkpoint; nothing was downloaded: to have it anew, "
+                "move it away"
+            )
+        note(f"{target} is there already and is not downloaded again; to have it anew, move it away")
         try:
             _bring_tokenizer(target, repo, revision)
         except HubError as error:  # the model is here; its tokenizer may lie where its settings say
@@ -99,7 +102,13 @@ def main(argv: list[str] | None = None) -> int:
         prog="niels-gpt download", description="Download a checkpoint from the Hugging Face hub.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--repo", default=DEFAULT_REPO, metavar="OWNER/NAME", help="model repository (default: %(default)s)")
+    add(
+        "--repo",
+        type=repo_id,
+        default=DEFAULT_REPO,
+        metavar="OWNER/NAME",
+        help="model repository (default: %(default)s)",
+    )
     add("--file", default=DEFAULT_FILE, metavar="PATH", help="file in it (default: %(default)s)")
     add("--revision", metavar="NAME", help="branch, tag or commit (default: main)")
     add("--out", type=Path, metavar="DIR", help=f"folder to put it in (default: {paths.CHECKPOINT_DIR})")

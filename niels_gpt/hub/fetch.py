@@ -7,6 +7,7 @@ hash are the hub's, and a caller's own check comes before the final name appears
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import shutil
@@ -55,6 +56,21 @@ class Remote:
 
 class NotThere(HubError):
     """The repository, the revision or the file does not exist, or only for others."""
+
+
+def repo_id(text: str) -> str:
+    """The type of --repo: OWNER/NAME as the hub allows it; anything else is a usage error."""
+    if text == DEFAULT_REPO:
+        return text
+    if text.count("/") != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a model: it is named owner/name")
+    with suppress(HubError):  # without the library: the work says what to install, where it needs it
+        huggingface_hub_for(text)
+        try:
+            import_module("huggingface_hub.utils").validate_repo_id(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(first_line(error)) from None
+    return text
 
 
 def locate(repo: str, file: str, revision: str | None = None) -> Remote:

@@ -23,7 +23,7 @@ from niels_gpt.checkpoint.loaded import TOKENIZER_BESIDE, settings_meta
 from niels_gpt.command import exit_status
 from niels_gpt.data.hub_errors import HubError
 from niels_gpt.hub.card import MADE_HERE, Published, card, own_text
-from niels_gpt.hub.fetch import DEFAULT_REPO, NotThere, fetch, library_for, locate, patiently
+from niels_gpt.hub.fetch import DEFAULT_REPO, NotThere, fetch, library_for, locate, patiently, repo_id
 from niels_gpt.tokenizer import SentencePieceTokenizer
 from niels_gpt.train.metrics import read_metrics
 
@@ -215,7 +215,13 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     best = paths.CHECKPOINT_DIR / DEFAULT_FILE
     add("--checkpoint", type=Path, default=best, metavar="PATH", help="what to publish (default: %(default)s)")
-    add("--repo", default=DEFAULT_REPO, metavar="OWNER/NAME", help="made if it does not exist (default: %(default)s)")
+    add(
+        "--repo",
+        type=repo_id,
+        default=DEFAULT_REPO,
+        metavar="OWNER/NAME",
+        help="made if it does not exist (default: %(default)s)",
+    )
     add("--private", action="store_true", help="only you can see the repository")
     add("--dry-run", action="store_true", help="print the model card and send nothing")
     add("--weights-only", action="store_true", help="leave out the optimizer's state, which only resuming needs")

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 
 from niels_gpt.cache import integrity
-from niels_gpt.cache.folder import locked, replacing_folder, sweep_folder, whole_folder
+from niels_gpt.cache.folder import LAST_FILE, locked, replacing_folder, sweep_folder, whole_folder
 from niels_gpt.cache.format import open_pretrain
 from tests.cache.samples import SHA, build_pretrain_cache, build_sft_cache, data_files
 
@@ -133,6 +133,37 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_pa
         with replacing_folder(target):
             pass
     assert [path.name for path in tmp_path.rglob("*")] == ["x", "old"]
+
+
+@pytest.mark.parametrize("stale_link", [False, True])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path, stale_link: bool) -> None:
+    real, link = tmp_path / "disk" / "real", tmp_path / "x"
+    real.mkdir(parents=True)
+    link.symlink_to(Path("disk") / "real", target_is_directory=True)
+    (tmp_path / "disk" / "kept").mkdir()
+    if stale_link:
+        (tmp_path / "disk" / ".real.old").symlink_to("kept", target_is_directory=True)
+        (tmp_path / ".x.old").symlink_to("disk/kept", target_is_directory=True)
+    for name in ("first", "second", "third"):
+        with replacing_folder(link) as new:
+            assert new.parent == tmp_path / "disk"  # the same disk, or no rename could put it there
+            assert (tmp_path / "disk" / ".real.lock").is_file()  # whoever comes by the real name waits, too
+            (new / name).touch()
+        assert link.is_symlink() and [path.name for path in real.iterdir()] == [name]
+        assert {path.name for path in tmp_path.rglob("*")} == {"x", "disk", "real", "kept", name}
+    shutil.move(real, tmp_path / "disk" / ".real.old")  # killed between the renames
+    (tmp_path / "disk" / ".real.new").mkdir()
+    (tmp_path / "disk" / ".real.new" / LAST_FILE).touch()
+    assert whole_folder(link) == tmp_path / "disk" / ".real.new"
+    sweep_folder(link)
+    assert link.is_symlink() and [path.name for path in link.iterdir()] == [LAST_FILE]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which nobody can make files")
+def test_where_no_files_can_be_made_nobody_waits_for_ever() -> None:
+    code = "from pathlib import Path; from niels_gpt.cache.folder import locked\nwith locked(Path('/proc/x')): pass"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "no files can be made in this folder: '/proc'" in done.stderr
 
 
 def test_a_second_builder_says_who_builds_and_waits(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from niels_gpt.cache.folder import replacing_folder
 from niels_gpt.checkpoint import load_model
 from niels_gpt.cli import main
 from niels_gpt.export import publishing, verify
@@ -198,6 +200,32 @@ def test_what_is_there_is_left_alone(exported, tmp_path, capsys):
     (out / "mine.txt").rename(out / publishing.RECORD)
     assert main(["export", "hf", "--ckpt", checkpoint, "--out", str(out), "--overwrite"]) == 0
     assert "model.safetensors" in names_in(out) and names_in(tmp_path) == ["out"]
+
+
+def test_what_came_while_an_export_waited_is_left_alone(exported, tmp_path, monkeypatch, capsys):
+    checkpoint, out = str(exported("new").folder.with_suffix(".pt")), tmp_path / "out"
+
+    @contextmanager
+    def after_another(target):
+        out.mkdir()
+        (out / publishing.RECORD).write_text("theirs")
+        with replacing_folder(target) as folder:
+            yield folder
+
+    monkeypatch.setattr(publishing, "replacing_folder", after_another)
+    assert main(["export", "hf", "--ckpt", checkpoint, "--out", str(out)]) == 1
+    assert f"error: {out} is there already" in capsys.readouterr().err
+    assert (out / publishing.RECORD).read_text() == "theirs" and names_in(tmp_path) == ["out"]
+
+
+def test_an_export_into_the_folder_that_one_is_in_is_refused(exported, tmp_path, monkeypatch, capsys):
+    checkpoint = str(exported("new").folder.with_suffix(".pt"))
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    for out, other in ((".", "niels-gpt-export"), ("..", "../niels-gpt-export"), ("../a", "../a/niels-gpt-export")):
+        assert main(["export", "hf", "--ckpt", checkpoint, "--out", out, "--overwrite"]) == 1
+        assert f"such as {other}\n" in capsys.readouterr().err
+    assert names_in(tmp_path) == ["a"] and names_in(tmp_path / "a") == []
 
 
 def test_ctrl_c_leaves_an_earlier_export_and_says_so(exported, tmp_path, monkeypatch, capsys):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+from niels_gpt import files
 from niels_gpt.checkpoint import load_checkpoint, load_model
 from niels_gpt.cli import main
+from niels_gpt.export import import_cli
 from niels_gpt.export.import_hf import read_hf, unsupported
 from tests.export.models import ARCHITECTURES, names_in, save
 
@@ -83,6 +87,55 @@ def test_all_reasons_are_named_at_once():
     found = unsupported({**LLAMA, "model_type": "llama", "rms_norm_eps": 1e-6, "attention_bias": True})
     assert len(found) == 2
     assert unsupported({"model_type": "gpt2"}) == ["model_type 'gpt2' is not supported (llama, qwen3 and gpt_neox are)"]
+
+
+@pytest.mark.parametrize(
+    "values, reason",
+    [
+        ({"num_key_value_heads": 5}, "num_key_value_heads is 5, which must divide num_attention_heads, 4"),
+        ({"num_key_value_heads": [1]}, "num_key_value_heads is [1], which must divide"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0, which must divide"),
+        ({"num_attention_heads": 3}, "hidden_size is 32, which must be a multiple of num_attention_heads, 3"),
+        ({"num_hidden_layers": True}, "no whole number for num_hidden_layers"),
+        ({"rope_theta": None}, "rope_theta is null, which must be a number above 0"),
+        ({"rope_parameters": {"rope_theta": "x"}}, 'rope_theta is "x", which must be a number above 0'),
+        ({"rotary_emb_base": 0}, "rotary_emb_base is 0, which must be a number above 0"),
+        ({"rope_theta": 10**400}, "000, which must be a number above 0"),
+        ({"rope_scaling": True}, "rope_scaling is true, which must be an object, or null"),
+        ({"partial_rotary_factor": [1]}, "the share of a head that is rotated is [1], this model has 1.0"),
+    ],
+)
+def test_impossible_values_name_their_key(tmp_path, capsys, values, reason):
+    files.write_json(tmp_path / "llama/config.json", {**LLAMA, "model_type": "llama", **values})
+    assert main(["import", "hf", str(tmp_path / "llama"), "--out", str(tmp_path / "a.pt")]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {tmp_path / 'llama'} cannot become a checkpoint: ")
+    assert reason in error and "\n" not in error
+
+
+def test_weights_that_no_model_can_have_are_named(tmp_path, capsys, monkeypatch):
+    folder = llama_folder(tmp_path / "llama")
+    whole, out = load_file(tmp_path / "llama/model.safetensors"), str(tmp_path / "a.pt")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for weights, reason in (
+        (torch.ones_like(whole[name], dtype=torch.int8), f"its weights {name} are of type int8: quantised weights"),
+        (whole[name] / 0, f"its weights {name} hold NaN or infinity"),
+    ):
+        save_file({**whole, name: weights}, tmp_path / "llama/model.safetensors", metadata={"format": "pt"})
+        assert main(["import", "hf", folder, "--out", out]) == 1
+        assert f"{folder} cannot become a checkpoint: {reason}" in capsys.readouterr().err
+    save_file(whole, tmp_path / "llama/model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(import_cli, "load_with_transformers", lambda *_, **__: ZeroLogits())
+    assert main(["import", "hf", folder, "--out", out]) == 1
+    assert "was not imported: the logits of transformers and of the model made here differ" in capsys.readouterr().err
+    assert names_in(tmp_path) == ["llama"]
+
+
+class ZeroLogits(torch.nn.Module):
+    """Another model than the folder's."""
+
+    def forward(self, ids):
+        return SimpleNamespace(logits=torch.zeros(*ids.shape, LLAMA["vocab_size"]))
 
 
 def test_folders_that_are_not_whole(tmp_path, capsys):

@@ -12,12 +12,14 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from niels_gpt.chat import Conversation, build_options
 from niels_gpt.checkpoint import load_model
+from niels_gpt.hub import download, upload
 from niels_gpt.hub.fetch import CHUNK
 from niels_gpt.tokenizer import SentencePieceTokenizer
 from tests.checkpoint.published import V1_SHAPES, V2_SHAPES, checkpoint_bytes
@@ -40,7 +42,8 @@ def test_the_published_file_arrives_and_chats(here: Here, faulty: list[Fault], h
     assert hub.requests == asked and here.best.stat().st_mtime_ns == before  # there already: the hub is not asked
     assert "is there already and is not downloaded again" in here.said and "warning" not in here.said
     here.best.write_bytes(b"mine")
-    assert here.download() == 0 and here.best.read_bytes() == b"mine" and "not a sound checkpoint" in here.said
+    assert here.download() == 1 and here.best.read_bytes() == b"mine" and "talk to it" not in here.said
+    assert "not a sound checkpoint" in here.error() and "move it away" in here.error() and hub.requests == asked
 
 
 def test_other_names_and_revisions(here: Here, hub: LoopbackHub, faulty: list[Fault]) -> None:
@@ -192,10 +195,28 @@ def test_what_is_not_there(here: Here, faulty: list[Fault]) -> None:
         (("--repo", "nobody/nothing"), "there is no such public model on the hub"),
         (("--file", "worst.pt"), "there is no such file in the repository"),
         (("--revision", "v9"), "there is no revision 'v9' of it"),
-        (("--repo", "gpt2"), "is named owner/name"),
     ):
         assert here.download(*flags) == 1 and told in here.error()
         assert here.names() == []
+
+
+@pytest.mark.parametrize("program", [download, upload], ids=["download", "upload"])
+def test_a_name_that_no_model_can_have_is_wrong_usage(
+    program: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, told in (
+        ("x y", "named owner/name"),
+        ("gpt2", "named owner/name"),
+        ("me/x y", "must use alphanumeric"),
+        ("me/a--b", "Cannot have --"),
+        ("", "named owner/name"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            program.main(["--repo", name])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and "error: argument --repo: " in error and told in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_connection(here: Here, hub: LoopbackHub, worker: Worker, tmp_path: Path) -> None:
