@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.dry_run:
         report["cache"] = _build(args, settings, tokenizer)
     if args.json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        print(json.dumps(report, indent=2))
     elif args.dry_run:
         print(f"\nnothing was written; build the cache with: {_next_command(args)}")
     return 0

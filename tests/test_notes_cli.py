@@ -82,11 +82,13 @@ def test_the_source_text_reads_every_kind(here: Path, capsys: pytest.CaptureFixt
     mine.mkdir()
     (mine / "a.txt").write_text("plain [[text]] stays")
     (mine / "b.html").write_text("<h1>Page</h1><p>with a paragraph</p>")
-    (mine / "c.jsonl").write_text('{"text": "the first record"}\n{"text": "another one"}\n{bad\n')
+    (mine / "é.jsonl").write_text('{"text": "the first record"}\n{"text": "another one"}\n{bad\n')
     assert cli.main(["notes", "--source", "text", "--dir", "mine", "--dry-run", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    report = json.loads(out)
+    assert out.isascii()  # whatever the encoding of stdout is
     assert report["files"] == {"html": 1, "jsonl": 1, "text": 1} and report["kept"]["documents"] == 4
-    assert report["dropped"] == {"no text": [{"name": "c.jsonl#3", "detail": ""}]}
+    assert report["dropped"] == {"no text": [{"name": "é.jsonl#3", "detail": ""}]}
 
 
 def test_mistakes_end_without_a_traceback(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
