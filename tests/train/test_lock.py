@@ -91,5 +91,7 @@ def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "flock", refuse)
+        reached = False
         with only_training_here(), only_training_here():
-            pass
+            reached = True
+        assert reached
